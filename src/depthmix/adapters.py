@@ -1,0 +1,132 @@
+"""PEFT: carry MoDE beside any tuning method, in PEFT's own `ModulesToSaveWrapper`.
+
+PEFT then trains, saves, loads, switches, disables and merges around it, and unmodified trainers
+write its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper, _set_trainable
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from transformers import PreTrainedModel
+
+from depthmix.config import MoDEConfig
+from depthmix.discovery import discover
+from depthmix.errors import ConfigError
+from depthmix.mixture import DepthMixture
+
+MODULE_NAME = "depthmix"
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+class ActiveMixture:
+    """Gives the mixture that applies now: that of PEFT's active adapter, or the plain one."""
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        self._causal_lm = causal_lm
+        self._peft_model: PeftModel | None = None
+
+    def __call__(self) -> DepthMixture | None:
+        """Return the active mixture, or None where the base model alone must answer."""
+        module: Any = self._causal_lm.get_submodule(MODULE_NAME)
+        if not isinstance(module, ModulesToSaveWrapper):
+            return module  # type: ignore[no-any-return]
+        active = module.active_adapters
+        if module.disable_adapters or not active or self._prompt_learning_disabled():
+            return None
+        return module.modules_to_save[active[0]] if active[0] in module.modules_to_save else None
+
+    def _prompt_learning_disabled(self) -> bool:
+        """Tell whether a prompt-learning PeftModel is in `disable_adapter()`.
+
+        There PEFT replaces methods of the PeftModel and leaves all modules as they are.
+        """
+        if "peft_config" in vars(self._causal_lm):
+            return False  # not prompt learning: a tuner sets this on the model it changes
+        if self._peft_model is None:
+            # Nothing leads from a module to its PeftModel; look for it once.
+            self._peft_model = next(
+                o
+                for o in gc.get_objects()
+                if isinstance(o, PeftModel) and o.get_base_model() is self._causal_lm
+            )
+        return self._peft_model._adapters_disabled
+
+
+def carry(model: PeftModel) -> None:
+    """Wrap the MoDE that was just attached inside `model`, for every adapter it has."""
+    for name, config in model.peft_config.items():
+        with_mode(config)
+        _set_trainable(
+            model.get_base_model(),
+            name,
+            module_names=[MODULE_NAME],
+            inference_mode=config.inference_mode,
+            activate_adapter=name in model.active_adapters,
+        )
+
+
+def with_mode(config: PeftConfig) -> PeftConfig:
+    """Add MoDE to what a PEFT configuration saves, in place, and return it.
+
+    Raises:
+        ConfigError: the tuning method cannot save further modules.
+    """
+    if "modules_to_save" not in {field.name for field in dataclasses.fields(config)}:
+        raise ConfigError(
+            f"{type(config).__name__} has no modules_to_save, in which MoDE would be saved"
+        )
+    saved = list(config.modules_to_save or [])
+    if MODULE_NAME not in saved:
+        config.modules_to_save = [*saved, MODULE_NAME]
+    return config
+
+
+def mode_only_config() -> LoraConfig:
+    """Return a PEFT configuration for MoDE without a tuning method: router and norms alone."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=[MODULE_NAME],
+    )
+
+
+def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
+    """Restrict a PEFT configuration to the k late layers of `model`, in place, and return it.
+
+    No gradient then reaches below these layers: no backward pass and no activations are kept there.
+
+    Raises:
+        ConfigError: the tuning method cannot be restricted to some layers.
+        DiscoveryError: the layers of the model were not found.
+    """
+    if "layers_to_transform" not in {field.name for field in dataclasses.fields(config)}:
+        raise ConfigError(f"{type(config).__name__} cannot be restricted to the late layers")
+    anatomy = discover(causal_lm_of(model), MoDEConfig(k=k))
+    config.layers_to_transform = list(anatomy.layer_indices)
+    config.layers_pattern = anatomy.layers_path.rpartition(".")[2]
+    return config
+
+
+def describe_in(config: PeftConfig, description: dict[str, Any]) -> None:
+    """Let `config.save_pretrained` write `description` under the key `depthmix`.
+
+    A process that loads the adapter with plain PEFT, without MoDE, then gets PEFT's warning about
+    a key it does not know, instead of wrong logits in silence.
+    """
+    config.to_dict = functools.partial(_with_description, config, description)
+
+
+def _with_description(config: PeftConfig, description: dict[str, Any]) -> dict[str, Any]:
+    return {**type(config).to_dict(config), MODULE_NAME: description}

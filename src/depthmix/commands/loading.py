@@ -1,0 +1,121 @@
+"""Base models, tokenizers and tuned models for the commands; what goes wrong is one clear error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from depthmix.errors import CheckpointError, DepthmixError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+_OWN_CONFIG = "depthmix.yaml"
+
+
+def load_base(name: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model from a folder or the hub.
+
+    Args:
+        name: folder or hub name.
+        options: passed on to `AutoModelForCausalLM.from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _found("model", name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model from a folder or the hub."""
+    from transformers import AutoTokenizer
+
+    return _found("tokenizer of", name, lambda: AutoTokenizer.from_pretrained(name, **options))
+
+
+def load_tuned(folder: str, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load what `depthmix train` saved, with MoDE or without, and its tokenizer, for inference.
+
+    Args:
+        folder: folder with an adapter or a fully fine-tuned model.
+        base: base model to use instead of the one that the adapter names.
+    """
+    import torch
+    from peft import PeftModel
+
+    import depthmix
+
+    name = base or base_of(folder)
+    model = load_base(name)
+    if has_mode(folder):
+        model = depthmix.load(model, folder)
+    elif is_adapter(folder):
+        model = PeftModel.from_pretrained(model, folder)
+    own_tokenizer = (Path(folder) / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(folder if own_tokenizer else name)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+def base_of(folder: str) -> str:
+    """Return the base model that an adapter names, or the folder of a fully fine-tuned model.
+
+    Raises:
+        CheckpointError: there is neither, or the adapter names no base model.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder")
+    if not is_adapter(folder):
+        if (path / "config.json").exists():
+            return folder
+        raise CheckpointError(f"{folder}: neither adapter_config.json nor config.json is there")
+    name = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if not name:
+        raise CheckpointError(f"{folder}: the adapter names no base model; give it with --model")
+    return str(name)
+
+
+def trained_format(folder: str) -> str:
+    """Return the data format that a saved model was trained on; text where it is not recorded."""
+    import yaml
+
+    path = Path(folder) / _OWN_CONFIG
+    if not path.exists():
+        return "text"
+    return str(yaml.safe_load(path.read_text()).get("dataset_format", "text"))
+
+
+def weight_files(folder: str) -> list[Path]:
+    """Return the files that hold the tuned weights of a saved model."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def has_mode(folder: str) -> bool:
+    """Whether the weights in a folder hold MoDE's, going by the names of the tensors."""
+    from safetensors import safe_open
+
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if any("depthmix." in name for name in file.keys()):  # noqa: SIM118, no mapping
+                return True
+    return False
+
+
+def _found(what: str, name: str, load: Callable[[], T]) -> T:
+    """Run `load`; say what was looked for where it fails."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise DepthmixError(f"{what} {name}: there is no such folder")
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise DepthmixError(f"{what} {name}: cannot be loaded: {error}") from error

@@ -1,0 +1,218 @@
+"""`depthmix train`: tune a model with MoDE on a PEFT method, by TRL's SFTTrainer as it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depthmix.commands.loading import load_base, load_tokenizer
+from depthmix.commands.train_help import print_all_options, print_help
+from depthmix.errors import ConfigError, TrainingError
+from depthmix.train import output
+from depthmix.train.arguments import TrainArguments, parse
+from depthmix.train.data import conversational, load_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    if "--help-all" in argv:
+        print_all_options()
+        return 0
+    if not argv or "-h" in argv or "--help" in argv:
+        print_help()
+        return 0 if argv else 2
+    return train(parse(argv))
+
+
+def train(arguments: TrainArguments) -> int:
+    """Train, save and say where the result is; 130 after Ctrl-C, with a checkpoint saved."""
+    from depthmix.train.interrupt import stopping_on_interrupt
+
+    folder = Path(arguments.training.output_dir)
+    checkpoint = output.prepare(folder, arguments)
+    rows, row_format = _rows(arguments)
+    tokenizer = _tokenizer(arguments, row_format)
+    trainer = _trainer(arguments, tokenizer, rows)
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        output.write_config(folder, arguments, row_format)
+        _report_long_rows(trainer, len(rows))
+    with stopping_on_interrupt(trainer):
+        _fit(trainer, checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        if main_process:
+            print(_stopped(trainer, folder), file=sys.stderr)
+        return 130
+    output.save(folder, trainer)
+    if main_process:
+        print(_summary(trainer, folder))
+    return 0
+
+
+def _rows(arguments: TrainArguments) -> tuple[Dataset, str]:
+    run = arguments.run
+    assert run.dataset is not None  # `parse` has seen to it
+    return load_data(
+        run.dataset,
+        split=run.dataset_split,
+        config=run.dataset_config,
+        format=run.dataset_format,
+        text_field=arguments.training.dataset_text_field,
+    )
+
+
+def _evaluation_rows(arguments: TrainArguments) -> Dataset | None:
+    run = arguments.run
+    if run.eval_dataset is None:
+        return None
+    return load_data(
+        run.eval_dataset,
+        split=run.eval_split,
+        config=run.dataset_config,
+        format=run.dataset_format,
+        text_field=arguments.training.dataset_text_field,
+    )[0]
+
+
+def _tokenizer(arguments: TrainArguments, row_format: str) -> PreTrainedTokenizerBase:
+    options, training = arguments.model, arguments.training
+    tokenizer = load_tokenizer(
+        str(options.model_name_or_path),
+        revision=options.model_revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+    if not (tokenizer.eos_token or training.eos_token):
+        raise ConfigError("the tokenizer has no end-of-sequence token: name one with eos_token")
+    template = training.chat_template_path
+    if template and not template.endswith((".jinja", ".j2")):
+        raise ConfigError("chat_template_path: expected a .jinja file (new tokens are not trained)")
+    if conversational(row_format) and not (tokenizer.chat_template or template):
+        raise ConfigError(
+            "the rows are messages, but the tokenizer has no chat template: give one with "
+            "chat_template_path"
+        )
+    return tokenizer
+
+
+def _trainer(
+    arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> SFTTrainer:
+    from transformers import set_seed
+    from trl import SFTTrainer
+
+    from depthmix.train.methods import tune
+
+    evaluation = _evaluation_rows(arguments)
+    set_seed(arguments.training.seed)  # adapters begin with random numbers
+    base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
+    model = tune(base, arguments.run, arguments.mode, arguments.model)
+    optimizer = _optimizer(arguments, model) if arguments.run.mode else None
+    try:
+        return SFTTrainer(
+            model=model,
+            args=arguments.training,
+            train_dataset=rows,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=optimizer,
+        )
+    except ValueError as error:  # options that exclude each other
+        raise ConfigError(str(error)) from error
+
+
+def _loading_options(arguments: TrainArguments) -> dict[str, Any]:
+    """Return what `from_pretrained` is to be told, as TRL would tell it."""
+    from trl import get_kbit_device_map, get_quantization_config
+
+    options, training = arguments.model, arguments.training
+    loading = {
+        "revision": options.model_revision,
+        "attn_implementation": options.attn_implementation,
+        "dtype": options.dtype,
+        "trust_remote_code": training.trust_remote_code,
+        **(training.model_init_kwargs or {}),
+    }
+    training.model_init_kwargs = None  # used up: TRL warns about it beside a loaded model
+    quantization = get_quantization_config(options)
+    if quantization is not None:
+        loading |= {"quantization_config": quantization, "device_map": get_kbit_device_map()}
+    return loading
+
+
+def _optimizer(arguments: TrainArguments, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the optimiser of the Trainer's choice with MoDE's parameter groups."""
+    import torch
+    from transformers import Trainer
+
+    from depthmix import param_groups
+
+    training, run = arguments.training, arguments.run
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    own_groups = {"params", "model", "optimizer_dict"} & options.keys()
+    if own_groups or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(
+            f"optim: {training.optim} makes its own parameter groups, so that the router and the "
+            "norms cannot have their learning rates; choose adamw_torch, for instance"
+        )
+    groups = param_groups(
+        model,
+        lr=training.learning_rate,
+        router_lr=run.router_learning_rate,
+        norm_lr=run.norm_learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    return cls, {**options, "params": groups}
+
+
+def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
+    import torch
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device is out of memory: lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps) or max_length, or set gradient_checkpointing"
+        ) from error
+
+
+# What the user is told
+
+
+def _report_long_rows(trainer: SFTTrainer, rows: int) -> None:
+    """Say what `max_length` did to the data; TRL cuts and drops in silence."""
+    limit = trainer.args.max_length
+    if limit is None or trainer.args.packing:
+        return
+    kept = len(trainer.train_dataset)
+    if kept < rows:
+        print(f"note: {rows - kept} of {rows} rows left out: the prompt fills max_length ({limit})")
+    reaching = sum(len(ids) >= limit for ids in trainer.train_dataset["input_ids"])
+    if reaching:
+        print(f"note: {reaching} of {rows} rows reach max_length ({limit}) and may be cut there")
+
+
+def _stopped(trainer: SFTTrainer, folder: Path) -> str:
+    return (
+        f"depthmix: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+        f"go on with: depthmix train {folder / output.CONFIG_NAME} --resume"
+    )
+
+
+def _summary(trainer: SFTTrainer, folder: Path) -> str:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    parts = [f"saved in {folder}"]
+    if losses:
+        parts.append(f"loss {losses[0]:.4g} -> {losses[-1]:.4g}")
+    if evaluations:
+        parts.append(f"eval loss {evaluations[-1]:.4g}")
+    return f'{"; ".join(parts)}; try it: depthmix generate {folder} --prompt "..."'

@@ -1,0 +1,149 @@
+"""`MoDEConfig`: every choice of the method, validated, with JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from depthmix.errors import ConfigError
+
+Divergence = Literal["kl", "reverse_kl", "js"]
+Adaptation = Literal["norm", "low_rank", "affine", "none"]
+RouterInput = Literal["last", "first", "all"]
+
+
+def _option(default: Any, help: str) -> Any:
+    """Return a dataclass field whose documentation is also the command line's help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MoDEConfig:
+    """Configuration of a mixture-of-depths ensemble (Luo and Specia, arXiv 2410.13077).
+
+    The help text of every field stands in its metadata, where the command line reads it.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range; the message names the field.
+    """
+
+    k: int = _option(3, "Number of late layers in the ensemble, the last one included.")
+    distill_weight: float = _option(
+        1.0, "Weight (lambda) of the distillation from the last layer to the other late layers."
+    )
+    divergence: Divergence = _option(
+        "kl", "Divergence to distil with: kl(last || late), reverse_kl(late || last) or js."
+    )
+    distill_fraction: float = _option(
+        1.0, "Random fraction of the supervised tokens to distil on; the estimate is unbiased."
+    )
+    adaptation: Adaptation = _option(
+        "norm",
+        "What each late layer owns beside the shared head: a scale on the final norm (norm), also "
+        "a low-rank map (low_rank), also a full linear map with bias (affine), or nothing (none).",
+    )
+    adaptation_rank: int = _option(16, "Rank of the map of adaptation low_rank.")
+    router_input: RouterInput = _option(
+        "last", "Normed state that the router reads: of the last or first late layer, or of all."
+    )
+    router_top_k: int | None = _option(
+        None, "Layers a token may use: the best so many by the router. Default: all of them."
+    )
+    router_prior: float | None = _option(
+        None, "Weight of the last layer before training. Default: uniform, as in the paper."
+    )
+    router_warmup_steps: int = _option(
+        0, "Training steps during which the router stands still while the late layers are distilled."
+    )
+    balance_weight: float = _option(
+        0.0, "Weight of KL(gate || uniform) a token, which keeps the router from collapsing."
+    )
+    layers_path: str | None = _option(
+        None, "Module path of the list of layers, where discovery does not find it by itself."
+    )
+    norm_path: str | None = _option(
+        None, "Module path of the final norm, where discovery does not find it by itself."
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            _require(getattr(self, name) in choices, name, self, f"one of {', '.join(choices)}")
+        for name, least in _LEAST_INTEGER.items():
+            _require(_is_integer(getattr(self, name), least), name, self, f"an integer >= {least}")
+        for name in ("distill_weight", "balance_weight"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 <= value < float("inf"), name, self, "a number >= 0")
+        fraction = self.distill_fraction
+        _require(
+            _is_number(fraction) and 0 < fraction <= 1, "distill_fraction", self, "in (0, 1]"
+        )
+        prior = self.router_prior
+        _require(
+            prior is None or (_is_number(prior) and 0 < prior < 1),
+            "router_prior",
+            self,
+            "in (0, 1), or null for uniform",
+        )
+        top_k = self.router_top_k
+        _require(
+            top_k is None or (_is_integer(top_k, 1) and top_k <= self.k),
+            "router_top_k",
+            self,
+            f"an integer in 1..k ({self.k}), or null for all layers",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Return the fields as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoDEConfig:
+        """Build a configuration from a dictionary; unknown names raise `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"MoDE configuration: unknown field {', '.join(unknown)}; "
+                f"known fields are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> MoDEConfig:
+        """Build a configuration from JSON; text that is not an object raises `ConfigError`."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"MoDE configuration is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"MoDE configuration must be a JSON object, not {values!r}")
+        return cls.from_dict(values)
+
+
+_CHOICES = {
+    "divergence": get_args(Divergence),
+    "adaptation": get_args(Adaptation),
+    "router_input": get_args(RouterInput),
+}
+_LEAST_INTEGER = {"k": 1, "adaptation_rank": 1, "router_warmup_steps": 0}
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, config: MoDEConfig, expected: str) -> None:
+    if not condition:
+        raise ConfigError(
+            f"MoDE configuration: {name} must be {expected}, not {getattr(config, name)!r}"
+        )

@@ -1,0 +1,153 @@
+"""The LM head as the loss uses it: project a chunk of states, and pull gradients back through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the head's output: a scale, then a soft cap (Gemma 2, Cohere, Granite).
+
+    The cap is not linear, so it applies after the mixing: z = transform(sum_j g_j head(y_j)).
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Map the head's output to logits, both (..., vocabulary)."""
+        if self.cap is not None:
+            return torch.tanh(raw * (self.scale / self.cap)) * self.cap
+        return raw if self.scale == 1.0 else raw * self.scale
+
+    def pull_back(self, logits: Tensor, d_logits: Tensor) -> Tensor:
+        """Turn the gradient of the logits into that of the head's output, in place."""
+        if self.cap is not None:
+            d_logits.mul_(1 - (logits / self.cap).square())
+        return d_logits if self.scale == 1.0 else d_logits.mul_(self.scale)
+
+
+class HeadProjection(Protocol):
+    """One way to run the head on a chunk of states and to take its gradients.
+
+    `tensors` are the parameters which the gradient reaches, if any. `accumulators` holds one
+    running gradient for each (None where it needs none) and `pull_back` adds to them.
+    """
+
+    tensors: Sequence[Tensor]
+    dtype: torch.dtype
+    vocabulary: int
+
+    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Return the head's output, before the logit transform."""
+        ...
+
+    def pull_back(
+        self,
+        states: Float[Tensor, "n d"],
+        output: Float[Tensor, "n v"],
+        d_output: Float[Tensor, "n v"],
+        accumulators: Sequence[Tensor | None],
+    ) -> Float[Tensor, "n d"]:
+        """Return the gradient of the states and add those of `tensors` to `accumulators`."""
+        ...
+
+
+class LinearHead:
+    """A plain linear head. Its weight is read (and, under autocast, cast) once a step."""
+
+    def __init__(self, weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"] | None) -> None:
+        self.tensors: Sequence[Tensor] = (weight,) if bias is None else (weight, bias)
+        self.dtype = weight.dtype
+        self.vocabulary = len(weight)
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+
+    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Return states @ weight.T + bias."""
+        return F.linear(states, self._weight, self._bias)
+
+    def pull_back(
+        self,
+        states: Float[Tensor, "n d"],
+        output: Float[Tensor, "n v"],
+        d_output: Float[Tensor, "n v"],
+        accumulators: Sequence[Tensor | None],
+    ) -> Float[Tensor, "n d"]:
+        """Take the gradients in closed form."""
+        d_output = d_output.to(self.dtype)
+        d_weight, d_bias = accumulators[0], accumulators[1] if len(accumulators) > 1 else None
+        if d_weight is not None:
+            if d_weight.dtype == self.dtype:
+                d_weight.addmm_(d_output.T, states)
+            else:
+                d_weight.add_(d_output.T @ states)
+        if d_bias is not None:
+            d_bias.add_(d_output.sum(dim=0))
+        return d_output @ self._weight
+
+
+class ModuleHead:
+    """Any other head (adapted by LoRA, kept in `modules_to_save`, quantised), called as a module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        vocabulary: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self._module = module
+        self.dtype = dtype
+        self.vocabulary = vocabulary
+        self._autocast_dtype = autocast_dtype
+        self.tensors: Sequence[Tensor] = [p for p in module.parameters() if p.requires_grad]
+
+    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Call the module; the graph of this one chunk is kept for `pull_back`."""
+        dtype = self._autocast_dtype
+        autocast = torch.autocast(states.device.type, dtype=dtype, enabled=dtype is not None)
+        with torch.enable_grad(), autocast:
+            return self._module(states.requires_grad_())  # type: ignore[no-any-return]
+
+    def pull_back(
+        self,
+        states: Float[Tensor, "n d"],
+        output: Float[Tensor, "n v"],
+        d_output: Float[Tensor, "n v"],
+        accumulators: Sequence[Tensor | None],
+    ) -> Float[Tensor, "n d"]:
+        """Take the gradients by autograd, through the chunk's own graph."""
+        d_states, *d_tensors = torch.autograd.grad(
+            output, [states, *self.tensors], d_output.to(output.dtype), allow_unused=True
+        )
+        for accumulator, gradient in zip(accumulators, d_tensors, strict=True):
+            if accumulator is not None and gradient is not None:
+                accumulator.add_(gradient)
+        return d_states
+
+
+def head_projection(
+    head: nn.Module, dtype: torch.dtype, vocabulary: int, autocast_dtype: torch.dtype | None
+) -> HeadProjection:
+    """Return the fastest projection that is right for this head.
+
+    Args:
+        head: what `get_output_embeddings()` returns now; PEFT may have wrapped it.
+        dtype: dtype of the model's hidden states.
+        vocabulary: outputs of the head.
+        autocast_dtype: dtype of the autocast region that the model ran in, None outside of one.
+    """
+    # accelerate's offloading replaces `forward` on the instance; such a weight may not be there.
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return ModuleHead(head, dtype, vocabulary, autocast_dtype)
+    target = autocast_dtype or head.weight.dtype
+    return LinearHead(head.weight.to(target), None if head.bias is None else head.bias.to(target))

@@ -1,0 +1,95 @@
+"""`attach` and `detach`: put MoDE onto a model in place, and take it off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from depthmix.adapters import MODULE_NAME, carry, causal_lm_of, describe_in, with_mode
+from depthmix.config import MoDEConfig
+from depthmix.discovery import Anatomy, discover
+from depthmix.errors import DepthmixError
+from depthmix.fingerprint import fingerprint
+from depthmix.mixture import DepthMixture
+from depthmix.runtime import Runtime, runtime_of
+from depthmix.train.callback import watch_trainers
+
+
+def attach(
+    model: nn.Module, config: MoDEConfig | None = None, peft_config: PeftConfig | None = None
+) -> Any:
+    """Make `model` predict with an ensemble of its late layers, in place.
+
+    Before training the model predicts as `config` says: uniform weights, or `router_prior` on the
+    last layer. In training, a forward with labels computes the loss of MoDE; its output's logits
+    are then None. `hidden_states[-1]` and `last_hidden_state` of the model are the mixture.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        config: the configuration; the default one if None.
+        peft_config: a tuning method to wrap the model in as well. To have MoDE alone, saved as a
+            small adapter, pass `depthmix.adapters.mode_only_config()`.
+
+    Returns:
+        `model`, or the PeftModel around it if `peft_config` is given.
+
+    Raises:
+        DepthmixError: MoDE is attached already.
+        DiscoveryError: the parts of the model were not found.
+        ConfigError: the tuning method cannot carry MoDE.
+    """
+    config = config or MoDEConfig()
+    causal_lm = causal_lm_of(model)
+    if "depthmix_runtime" in vars(causal_lm):
+        raise DepthmixError("MoDE is attached to this model already; detach it first")
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise DepthmixError("the model is a PeftModel already: leave peft_config out")
+        with_mode(peft_config)
+    anatomy = discover(causal_lm, config)
+    _install(causal_lm, config, anatomy)
+    watch_trainers()
+    if peft_config is not None:
+        model = get_peft_model(causal_lm, peft_config)
+        describe_in(peft_config, _description(config))
+    elif isinstance(model, PeftModel):
+        carry(model)
+        for carried in model.peft_config.values():
+            describe_in(carried, _description(config))
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take MoDE off, in place: the model is what it was before `attach`. Returns the model.
+
+    Raises:
+        DepthmixError: no MoDE is attached.
+    """
+    runtime = runtime_of(model)
+    runtime.remove()
+    causal_lm = runtime.causal_lm
+    delattr(causal_lm, MODULE_NAME)
+    del causal_lm.depthmix_runtime
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            vars(config).pop("to_dict", None)
+            config.modules_to_save = [
+                name for name in config.modules_to_save if name != MODULE_NAME
+            ] or None
+    return model
+
+
+def _install(causal_lm: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> None:
+    spec = {"config": config.to_dict(), "base": fingerprint(causal_lm, anatomy)}
+    mixture = DepthMixture(config, anatomy.hidden_size, spec)
+    last_layer = causal_lm.get_submodule(anatomy.layer_paths[-1])
+    causal_lm.depthmix = mixture.to(next(last_layer.parameters()).device)
+    causal_lm.depthmix_runtime = Runtime(causal_lm, anatomy)
+    causal_lm.add_model_tags(["depthmix", "mixture-of-depths-ensemble"])
+
+
+def _description(config: MoDEConfig) -> dict[str, Any]:
+    return {"load_with": "depthmix.load", "config": config.to_dict()}

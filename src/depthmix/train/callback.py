@@ -1,0 +1,101 @@
+"""The callback through which an unmodified Trainer logs the routing and holds the router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer
+from accelerate.utils import reduce
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from depthmix.errors import DepthmixError, TrainingError
+from depthmix.runtime import Runtime, runtime_of
+from depthmix.train.card import write_card
+
+
+class RoutingCallback(TrainerCallback):
+    """Adds MoDE's figures to the trainer's logs; holds the router during its warm-up.
+
+    Every Trainer made after the first `attach` has it, in front of all others, so that what it
+    adds to the logs reaches every tracker. It does nothing for a model without MoDE.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the model what trains it, and refuse objectives that would leave MoDE's out."""
+        runtime = _runtime(kwargs["model"])
+        if runtime is None:
+            return
+        kinds = {cls.__name__ for cls in type(args).__mro__}
+        runtime.trainer = "sft" if "SFTConfig" in kinds else "other"
+        if args.label_smoothing_factor > 0:
+            raise TrainingError("label_smoothing_factor: the loss of MoDE has no label smoothing")
+        if runtime.trainer == "sft" and args.loss_type != "nll":  # type: ignore[attr-defined]
+            raise TrainingError(
+                f"loss_type={args.loss_type!r}: MoDE has its own loss; leave loss_type at 'nll'"  # type: ignore[attr-defined]
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hold the router while the late layers are distilled."""
+        runtime = _runtime(kwargs["model"])
+        mixture = runtime and runtime.mixture()
+        if runtime and mixture:
+            runtime.hold_router = state.global_step < mixture.config.router_warmup_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the means since the last log, over all processes."""
+        runtime = _runtime(kwargs["model"])
+        if runtime is None or logs is None or "loss" not in logs:
+            return
+        sums = runtime.statistics.take()
+        if sums is not None:
+            figures = runtime.statistics.summarize(reduce(sums, reduction="sum"))
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Describe MoDE in the model card of the checkpoint."""
+        runtime = _runtime(kwargs["model"])
+        if runtime is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_card(folder, runtime)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Describe MoDE in the model card of the run, and let go of the model."""
+        runtime = _runtime(kwargs["model"])
+        if runtime is None:
+            return
+        runtime.trainer = None
+        runtime.hold_router = False
+        if state.is_world_process_zero:
+            write_card(Path(args.output_dir), runtime)
+
+
+def watch_trainers() -> None:
+    """Have every Trainer made from now on carry a `RoutingCallback`, before all others."""
+    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    if RoutingCallback not in callbacks:
+        callbacks.insert(0, RoutingCallback)
+
+
+def _runtime(model: nn.Module) -> Runtime | None:
+    try:
+        return runtime_of(model)
+    except DepthmixError:
+        return None

@@ -1,0 +1,77 @@
+"""The tuning methods that MoDE sits on, and what the command line's options make of a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from depthmix.config import MoDEConfig
+from depthmix.errors import ConfigError
+from depthmix.train.arguments import RunOptions
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+    from trl import ModelConfig
+
+
+def tune(
+    model: PreTrainedModel, run: RunOptions, mode: MoDEConfig, model_config: ModelConfig
+) -> Any:
+    """Put the tuning method, and MoDE unless `run.mode` is off, on a base model.
+
+    Returns:
+        The PeftModel, or the model itself where every parameter is trained.
+
+    Raises:
+        ConfigError: PEFT cannot put the method on this model.
+    """
+    from peft import get_peft_model
+
+    from depthmix import attach
+
+    try:
+        config = peft_config(model, run, mode, model_config)
+        if run.mode:
+            return attach(model, mode, config)
+        return model if config is None else get_peft_model(model, config)
+    except ConfigError:
+        raise
+    except ValueError as error:  # PEFT's: unknown target modules, an architecture without defaults
+        raise ConfigError(f"method {run.method}: {error}") from error
+
+
+def peft_config(
+    model: PreTrainedModel, run: RunOptions, mode: MoDEConfig, model_config: ModelConfig
+) -> PeftConfig | None:
+    """Return PEFT's configuration of the method, or None for full fine-tuning."""
+    from depthmix.adapters import late_layers, mode_only_config
+
+    if run.method == "full":
+        return None
+    if run.method == "none":
+        return mode_only_config()
+    config = _method_config(run, model_config)
+    return late_layers(config, model, mode.k) if run.late_layers_only else config
+
+
+def _method_config(run: RunOptions, options: ModelConfig) -> PeftConfig:
+    from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig
+
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if run.method == "prompt_tuning":
+        return PromptTuningConfig(**common, num_virtual_tokens=run.num_virtual_tokens)
+    if run.method == "ia3":
+        return IA3Config(**common)
+    common["target_modules"] = options.lora_target_modules or "all-linear"
+    common["modules_to_save"] = options.lora_modules_to_save
+    if run.method == "vera":
+        return VeraConfig(**common, r=run.vera_r, vera_dropout=options.lora_dropout)
+    return LoraConfig(
+        **common,
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_parameters=options.lora_target_parameters,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora or run.method == "dora",
+    )
