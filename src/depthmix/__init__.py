@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from depthmix.surgery import attach, detach
     from depthmix.checkpoint import load
     from depthmix.config import MoDEConfig
     from depthmix.errors import DepthmixError
     from depthmix.record import routing
+    from depthmix.surgery import attach, detach
     from depthmix.train.groups import param_groups
 
 __version__ = "0.1.0"

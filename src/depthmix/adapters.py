@@ -45,7 +45,9 @@ class ActiveMixture:
         active = module.active_adapters
         if module.disable_adapters or not active or self._prompt_learning_disabled():
             return None
-        return module.modules_to_save[active[0]] if active[0] in module.modules_to_save else None
+        if active[0] not in module.modules_to_save:
+            return None
+        return module.modules_to_save[active[0]]  # type: ignore[return-value]
 
     def _prompt_learning_disabled(self) -> bool:
         """Tell whether a prompt-learning PeftModel is in `disable_adapter()`.
@@ -87,9 +89,19 @@ def with_mode(config: PeftConfig) -> PeftConfig:
         raise ConfigError(
             f"{type(config).__name__} has no modules_to_save, in which MoDE would be saved"
         )
-    saved = list(config.modules_to_save or [])
+    untyped: Any = config
+    saved = list(untyped.modules_to_save or [])
     if MODULE_NAME not in saved:
-        config.modules_to_save = [*saved, MODULE_NAME]
+        untyped.modules_to_save = [*saved, MODULE_NAME]
+    return config
+
+
+def without_mode(config: PeftConfig) -> PeftConfig:
+    """Undo `with_mode` and `describe_in`, in place, and return the configuration."""
+    untyped: Any = config
+    vars(config).pop("to_dict", None)
+    kept = [name for name in untyped.modules_to_save or [] if name != MODULE_NAME]
+    untyped.modules_to_save = kept or None
     return config
 
 
@@ -114,8 +126,9 @@ def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
     if "layers_to_transform" not in {field.name for field in dataclasses.fields(config)}:
         raise ConfigError(f"{type(config).__name__} cannot be restricted to the late layers")
     anatomy = discover(causal_lm_of(model), MoDEConfig(k=k))
-    config.layers_to_transform = list(anatomy.layer_indices)
-    config.layers_pattern = anatomy.layers_path.rpartition(".")[2]
+    untyped: Any = config
+    untyped.layers_to_transform = list(anatomy.layer_indices)
+    untyped.layers_pattern = anatomy.layers_path.rpartition(".")[2]
     return config
 
 
@@ -125,7 +138,8 @@ def describe_in(config: PeftConfig, description: dict[str, Any]) -> None:
     A process that loads the adapter with plain PEFT, without MoDE, then gets PEFT's warning about
     a key it does not know, instead of wrong logits in silence.
     """
-    config.to_dict = functools.partial(_with_description, config, description)
+    untyped: Any = config
+    untyped.to_dict = functools.partial(_with_description, config, description)
 
 
 def _with_description(config: PeftConfig, description: dict[str, Any]) -> dict[str, Any]:

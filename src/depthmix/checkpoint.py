@@ -6,20 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from depthmix.adapters import MODULE_NAME, causal_lm_of
-from depthmix.surgery import attach
+from depthmix.adapters import MODULE_NAME
 from depthmix.config import MoDEConfig
 from depthmix.errors import CheckpointError
 from depthmix.fingerprint import check_fingerprint, same_sample
 from depthmix.mixture import read_spec
+from depthmix.surgery import attach
 
 
 def load(base_model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> Any:
@@ -56,7 +55,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Read an adapter's configuration, without the description that MoDE adds to it."""
     values = json.loads((folder / CONFIG_NAME).read_text())
     values.pop(MODULE_NAME, None)
-    return PeftConfig.from_peft_type(**values)
+    return PeftConfig.from_peft_type(**values)  # type: ignore[no-any-return]
 
 
 def _with_adapter(
@@ -72,7 +71,7 @@ def _with_adapter(
 
 def _check_same_weights(base_model: PreTrainedModel, saved: _Checkpoint) -> None:
     """Refuse a base model that was not loaded from the fully fine-tuned checkpoint itself."""
-    embeddings = base_model.get_input_embeddings().weight
+    embeddings: Any = base_model.get_input_embeddings().weight
     name = next(n for n, p in base_model.named_parameters() if p is embeddings)
     if name in saved and not same_sample(saved.read(name), embeddings):
         raise CheckpointError(
@@ -124,7 +123,9 @@ class _Checkpoint:
         """Read the configuration and the description of the base model."""
         name = next((n for n in self._files if n.endswith(f"{MODULE_NAME}.spec")), None)
         if name is None:
-            raise CheckpointError(f"{self.folder}: no MoDE in this checkpoint (no {MODULE_NAME}.spec)")
+            raise CheckpointError(
+                f"{self.folder}: no MoDE in this checkpoint (no {MODULE_NAME}.spec)"
+            )
         return read_spec(self.read(name))
 
     def require(self, expected: dict[str, Tensor], extra_allowed: bool = True) -> None:
@@ -138,6 +139,7 @@ class _Checkpoint:
         if not extra_allowed:
             problems += [f"extra {name}" for name in self._files if name not in expected]
         if problems:
-            raise CheckpointError(f"{self.folder}: {'; '.join(problems[:5])}" + (
-                f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            ))
+            raise CheckpointError(
+                f"{self.folder}: {'; '.join(problems[:5])}"
+                + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+            )

@@ -14,9 +14,9 @@ Adaptation = Literal["norm", "low_rank", "affine", "none"]
 RouterInput = Literal["last", "first", "all"]
 
 
-def _option(default: Any, help: str) -> Any:
-    """Return a dataclass field whose documentation is also the command line's help."""
-    return field(default=default, metadata={"help": help})
+def _help(text: str) -> dict[str, str]:
+    """Return field metadata: the documentation of a field is also the command line's help."""
+    return {"help": text}
 
 
 @dataclass(frozen=True)
@@ -29,42 +29,78 @@ class MoDEConfig:
         ConfigError: a value is of the wrong type or out of range; the message names the field.
     """
 
-    k: int = _option(3, "Number of late layers in the ensemble, the last one included.")
-    distill_weight: float = _option(
-        1.0, "Weight (lambda) of the distillation from the last layer to the other late layers."
+    k: int = field(
+        default=3, metadata=_help("Number of late layers in the ensemble, the last one included.")
     )
-    divergence: Divergence = _option(
-        "kl", "Divergence to distil with: kl(last || late), reverse_kl(late || last) or js."
+    distill_weight: float = field(
+        default=1.0,
+        metadata=_help(
+            "Weight (lambda) of the distillation from the last layer to the other late layers."
+        ),
     )
-    distill_fraction: float = _option(
-        1.0, "Random fraction of the supervised tokens to distil on; the estimate is unbiased."
+    divergence: Divergence = field(
+        default="kl",
+        metadata=_help(
+            "Divergence to distil with: kl(last || late), reverse_kl(late || last) or js."
+        ),
     )
-    adaptation: Adaptation = _option(
-        "norm",
-        "What each late layer owns beside the shared head: a scale on the final norm (norm), also "
-        "a low-rank map (low_rank), also a full linear map with bias (affine), or nothing (none).",
+    distill_fraction: float = field(
+        default=1.0,
+        metadata=_help(
+            "Random fraction of the supervised tokens to distil on; the estimate is unbiased."
+        ),
     )
-    adaptation_rank: int = _option(16, "Rank of the map of adaptation low_rank.")
-    router_input: RouterInput = _option(
-        "last", "Normed state that the router reads: of the last or first late layer, or of all."
+    adaptation: Adaptation = field(
+        default="norm",
+        metadata=_help(
+            "What each late layer owns beside the shared head: a scale on the final norm (norm), "
+            "also a low-rank map (low_rank), also a full linear map (affine), or nothing (none)."
+        ),
     )
-    router_top_k: int | None = _option(
-        None, "Layers a token may use: the best so many by the router. Default: all of them."
+    adaptation_rank: int = field(
+        default=16, metadata=_help("Rank of the map of adaptation low_rank.")
     )
-    router_prior: float | None = _option(
-        None, "Weight of the last layer before training. Default: uniform, as in the paper."
+    router_input: RouterInput = field(
+        default="last",
+        metadata=_help(
+            "Normed state that the router reads: of the last or first late layer, or of all."
+        ),
     )
-    router_warmup_steps: int = _option(
-        0, "Training steps during which the router stands still while the late layers are distilled."
+    router_top_k: int | None = field(
+        default=None,
+        metadata=_help(
+            "Layers a token may use: the best so many by the router. Default: all of them."
+        ),
     )
-    balance_weight: float = _option(
-        0.0, "Weight of KL(gate || uniform) a token, which keeps the router from collapsing."
+    router_prior: float | None = field(
+        default=None,
+        metadata=_help(
+            "Weight of the last layer before training. Default: uniform, as in the paper."
+        ),
     )
-    layers_path: str | None = _option(
-        None, "Module path of the list of layers, where discovery does not find it by itself."
+    router_warmup_steps: int = field(
+        default=0,
+        metadata=_help(
+            "Training steps in which the router stands still while the late layers are distilled."
+        ),
     )
-    norm_path: str | None = _option(
-        None, "Module path of the final norm, where discovery does not find it by itself."
+    balance_weight: float = field(
+        default=0.0,
+        metadata=_help(
+            "Weight of KL(gate || uniform) a token, which keeps the router from collapsing."
+        ),
+    )
+    layers_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "Module path of the list of layers, where discovery does not find it by itself."
+        ),
+    )
+    norm_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "Module path of the final norm, where discovery does not find it by itself."
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -76,9 +112,7 @@ class MoDEConfig:
             value = getattr(self, name)
             _require(_is_number(value) and 0 <= value < float("inf"), name, self, "a number >= 0")
         fraction = self.distill_fraction
-        _require(
-            _is_number(fraction) and 0 < fraction <= 1, "distill_fraction", self, "in (0, 1]"
-        )
+        _require(_is_number(fraction) and 0 < fraction <= 1, "distill_fraction", self, "in (0, 1]")
         prior = self.router_prior
         _require(
             prior is None or (_is_number(prior) and 0 < prior < 1),

@@ -128,8 +128,8 @@ def first_tensor(value: Any) -> Tensor | None:
 
 def run_probe(model: PreTrainedModel) -> Tensor:
     """Run the model on a few tokens and return its logits, (1, tokens, vocabulary)."""
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(1, 6, device=device).unsqueeze(0)
+    embeddings: Any = model.get_input_embeddings().weight
+    ids = torch.arange(1, 6, device=embeddings.device).unsqueeze(0)
     return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 

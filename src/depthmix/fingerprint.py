@@ -21,7 +21,7 @@ def fingerprint(causal_lm: PreTrainedModel, anatomy: Anatomy) -> dict[str, Any]:
 
     The embeddings are what no tuning method but full fine-tuning changes, and what every model has.
     """
-    weight = causal_lm.get_input_embeddings().weight
+    weight: Any = causal_lm.get_input_embeddings().weight
     return {
         "model_type": causal_lm.config.model_type,
         "layers_path": anatomy.layers_path,

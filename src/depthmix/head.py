@@ -1,4 +1,4 @@
-"""The LM head as the loss uses it: project a chunk of states, and pull gradients back through it."""
+"""The LM head as the loss uses it: project a chunk of states, pull gradients back through it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class LinearHead:
 
 
 class ModuleHead:
-    """Any other head (adapted by LoRA, kept in `modules_to_save`, quantised), called as a module."""
+    """Any other head (LoRA on it, in `modules_to_save`, quantised), called as a module."""
 
     def __init__(
         self,
@@ -150,4 +150,5 @@ def head_projection(
     if type(head) is not nn.Linear or "forward" in vars(head):
         return ModuleHead(head, dtype, vocabulary, autocast_dtype)
     target = autocast_dtype or head.weight.dtype
-    return LinearHead(head.weight.to(target), None if head.bias is None else head.bias.to(target))
+    bias: Tensor | None = head.bias
+    return LinearHead(head.weight.to(target), None if bias is None else bias.to(target))

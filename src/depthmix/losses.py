@@ -76,7 +76,7 @@ def ensemble_loss(
         distill_weight: lambda; 0 leaves the distillation out, and so does k = 1.
         divergence: how far a layer is from the last one.
     """
-    total, cross_entropy, distances, entropy, correct = _EnsembleLoss.apply(
+    total, cross_entropy, distances, entropy, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
         states, gate, labels, head, transform, distill_weight, divergence, *head.tensors
     )
     return EnsembleLoss(total, cross_entropy, distances, entropy, correct)
@@ -128,7 +128,7 @@ class _EnsembleLoss(torch.autograd.Function):
         return total, cross_entropy, distance, entropy, correct
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_states, d_gate, *d_head = (
             None if saved is None else (saved * d_total).to(saved.dtype)

@@ -1,4 +1,4 @@
-"""`DepthMixture`: the trainable part of MoDE. Normed states go in; a mixture and a gate come out."""
+"""`DepthMixture`, the trainable part of MoDE: normed states in, a mixture and a gate out."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class DepthMixture(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take over the loaded spec, whose length may differ, if it describes the same module."""
@@ -182,7 +182,8 @@ def _require_same_module(ours: MoDEConfig, loaded: MoDEConfig) -> None:
             for name in different
         )
         raise CheckpointError(
-            f"the saved MoDE has {listed}; attach with the saved configuration, or use depthmix.load"
+            f"the saved MoDE has {listed}; attach with the saved configuration, or "
+            "use depthmix.load"
         )
 
 

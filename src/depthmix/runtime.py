@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from depthmix.adapters import ActiveMixture, causal_lm_of
 from depthmix.discovery import Anatomy, first_tensor
@@ -31,7 +31,8 @@ from depthmix.mixture import DepthMixture
 from depthmix.objective import Objective, training_objective
 from depthmix.statistics import TrainingStatistics
 
-IGNORED = -100
+RUNTIME_NAME = "depthmix_runtime"  # attribute of the causal LM
+IGNORED = -100  # label of a token that is not supervised
 
 TrainerKind = Literal["sft", "other"]
 
@@ -72,6 +73,7 @@ class LayerTap:
         self.with_grad = False
 
     def __call__(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        """Keep the state, and whether it was made with a graph."""
         self.state = first_tensor(output)
         self.with_grad = torch.is_grad_enabled()
 
@@ -109,13 +111,11 @@ class Runtime:
             ),
             norm.register_forward_hook(self.on_norm, with_kwargs=True),
             causal_lm.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            causal_lm.register_forward_hook(
-                self.after_forward, with_kwargs=True, always_call=True
-            ),
+            causal_lm.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
-        """Copy with the model; a copy of the final norm alone (PEFT makes some) keeps this runtime."""
+        """Copy with the model; a copy of the final norm alone, as PEFT makes, shares this one."""
         if id(self.causal_lm) not in memo:
             return self
         twin = object.__new__(Runtime)
@@ -146,7 +146,7 @@ class Runtime:
         if fused and self.trainer is None:
             raise TrainingError("attach MoDE to the model before the trainer is made, not after")
         _require_trainable(self.causal_lm, mixture)
-        targets = _shift(labels) if shifted is None else shifted
+        targets: Tensor = _shift(labels) if shifted is None else shifted  # type: ignore[arg-type]
         self.supervision = _Supervision(
             targets=targets,
             positions=(targets.flatten() != IGNORED).nonzero().squeeze(1),
@@ -169,7 +169,7 @@ class Runtime:
         if mixture is None or mixture.config.k == 1:
             return None
         if states[-1] is None and not norm.training:
-            return None  # a draft by an early exit (`assistant_early_exit`): the last layer never ran
+            return None  # an early exit (`assistant_early_exit`): a draft without the late layers
         self._check_taps(states)
         # What the norm gets is the last layer's state.
         late = [state.to(output.device) for state in states[:-1] if state is not None]
@@ -207,9 +207,7 @@ class Runtime:
         supervision = self.supervision
         assert supervision is not None
         positions = supervision.positions.to(output.device)
-        normed = [
-            _call_again(norm, _rows(state, positions), args, kwargs) for state in late
-        ]
+        normed = [_call_again(norm, _rows(state, positions), args, kwargs) for state in late]
         supervision.normed = torch.stack([*normed, _rows(output, positions)], dim=-2)
         device_type = output.device.type
         if torch.is_autocast_enabled(device_type):
@@ -269,7 +267,7 @@ def runtime_of(model: nn.Module) -> Runtime:
     Raises:
         DepthmixError: no MoDE is attached.
     """
-    runtime = vars(causal_lm_of(model)).get("depthmix_runtime")
+    runtime = vars(causal_lm_of(model)).get(RUNTIME_NAME)
     if runtime is None:
         raise DepthmixError(f"no MoDE is attached to this {type(model).__name__}")
     return runtime  # type: ignore[no-any-return]
@@ -299,16 +297,14 @@ def _rows(states: Float[Tensor, "b t d"], positions: Int[Tensor, " n"]) -> Float
 def _call_again(
     norm: nn.Module, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """Apply the final norm to another state. `forward`, not `__call__`, which would call the hook."""
+    """Apply the final norm to another state, past its hooks: one of them is ours."""
     if args:
         return norm.forward(state, *args[1:], **kwargs)  # type: ignore[no-any-return]
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
     return norm.forward(**{**kwargs, name: state})  # type: ignore[no-any-return]
 
 
-def _fused_output(
-    objective: Objective, supervision: _Supervision, output: Any
-) -> FusedLossOutput:
+def _fused_output(objective: Objective, supervision: _Supervision, output: Any) -> FusedLossOutput:
     targets, positions = supervision.targets, supervision.positions
     mask = targets != IGNORED
 

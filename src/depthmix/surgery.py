@@ -8,13 +8,20 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from depthmix.adapters import MODULE_NAME, carry, causal_lm_of, describe_in, with_mode
+from depthmix.adapters import (
+    MODULE_NAME,
+    carry,
+    causal_lm_of,
+    describe_in,
+    with_mode,
+    without_mode,
+)
 from depthmix.config import MoDEConfig
 from depthmix.discovery import Anatomy, discover
 from depthmix.errors import DepthmixError
 from depthmix.fingerprint import fingerprint
 from depthmix.mixture import DepthMixture
-from depthmix.runtime import Runtime, runtime_of
+from depthmix.runtime import RUNTIME_NAME, Runtime, runtime_of
 from depthmix.train.callback import watch_trainers
 
 
@@ -43,7 +50,7 @@ def attach(
     """
     config = config or MoDEConfig()
     causal_lm = causal_lm_of(model)
-    if "depthmix_runtime" in vars(causal_lm):
+    if RUNTIME_NAME in vars(causal_lm):
         raise DepthmixError("MoDE is attached to this model already; detach it first")
     if peft_config is not None:
         if isinstance(model, PeftModel):
@@ -72,13 +79,10 @@ def detach(model: nn.Module) -> nn.Module:
     runtime.remove()
     causal_lm = runtime.causal_lm
     delattr(causal_lm, MODULE_NAME)
-    del causal_lm.depthmix_runtime
+    del vars(causal_lm)[RUNTIME_NAME]
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
-            vars(config).pop("to_dict", None)
-            config.modules_to_save = [
-                name for name in config.modules_to_save if name != MODULE_NAME
-            ] or None
+            without_mode(config)
     return model
 
 
@@ -87,7 +91,7 @@ def _install(causal_lm: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -
     mixture = DepthMixture(config, anatomy.hidden_size, spec)
     last_layer = causal_lm.get_submodule(anatomy.layer_paths[-1])
     causal_lm.depthmix = mixture.to(next(last_layer.parameters()).device)
-    causal_lm.depthmix_runtime = Runtime(causal_lm, anatomy)
+    vars(causal_lm)[RUNTIME_NAME] = Runtime(causal_lm, anatomy)
     causal_lm.add_model_tags(["depthmix", "mixture-of-depths-ensemble"])
 
 

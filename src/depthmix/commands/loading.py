@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from depthmix.errors import CheckpointError, DepthmixError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
 _OWN_CONFIG = "depthmix.yaml"
 
 
-def load_base(name: str, **options: Any) -> PreTrainedModel:
+def load_base(name: str, **options: Any) -> Any:
     """Load a causal language model from a folder or the hub.
 
     Args:
@@ -49,7 +49,7 @@ def load_tuned(folder: str, base: str | None) -> tuple[Any, PreTrainedTokenizerB
     import depthmix
 
     name = base or base_of(folder)
-    model = load_base(name)
+    model: Any = load_base(name)
     if has_mode(folder):
         model = depthmix.load(model, folder)
     elif is_adapter(folder):

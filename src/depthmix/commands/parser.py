@@ -25,10 +25,14 @@ class Parser(argparse.ArgumentParser):
             usage=None if usage is None else f"{prog} {usage}",
             description=summary,
             epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_formatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
         """Raise the message, with a pointer to the help."""
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def _formatter(prog: str) -> argparse.RawDescriptionHelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)

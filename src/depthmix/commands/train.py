@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from depthmix.commands.loading import load_base, load_tokenizer
 from depthmix.commands.train_help import print_all_options, print_help
@@ -17,7 +17,7 @@ from depthmix.train.data import conversational, load_data
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,7 +35,7 @@ def train(arguments: TrainArguments) -> int:
     """Train, save and say where the result is; 130 after Ctrl-C, with a checkpoint saved."""
     from depthmix.train.interrupt import stopping_on_interrupt
 
-    folder = Path(arguments.training.output_dir)
+    folder = Path(str(arguments.training.output_dir))
     checkpoint = output.prepare(folder, arguments)
     rows, row_format = _rows(arguments)
     tokenizer = _tokenizer(arguments, row_format)
@@ -43,7 +43,7 @@ def train(arguments: TrainArguments) -> int:
     main_process = trainer.is_world_process_zero()
     if main_process:
         output.write_config(folder, arguments, row_format)
-        _report_long_rows(trainer, len(rows))
+        _report_long_rows(arguments, trainer, len(rows))
     with stopping_on_interrupt(trainer):
         _fit(trainer, checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -105,7 +105,7 @@ def _trainer(
     arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, rows: Dataset
 ) -> SFTTrainer:
     from transformers import set_seed
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from depthmix.train.methods import tune
 
@@ -113,7 +113,6 @@ def _trainer(
     set_seed(arguments.training.seed)  # adapters begin with random numbers
     base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
     model = tune(base, arguments.run, arguments.mode, arguments.model)
-    optimizer = _optimizer(arguments, model) if arguments.run.mode else None
     try:
         return SFTTrainer(
             model=model,
@@ -121,7 +120,7 @@ def _trainer(
             train_dataset=rows,
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            optimizer_cls_and_kwargs=optimizer,
+            optimizer_cls_and_kwargs=_optimizer(arguments, model),
         )
     except ValueError as error:  # options that exclude each other
         raise ConfigError(str(error)) from error
@@ -129,20 +128,23 @@ def _trainer(
 
 def _loading_options(arguments: TrainArguments) -> dict[str, Any]:
     """Return what `from_pretrained` is to be told, as TRL would tell it."""
-    from trl import get_kbit_device_map, get_quantization_config
+    from accelerate import PartialState
+    from trl.trainer.utils import get_quantization_config
 
     options, training = arguments.model, arguments.training
-    loading = {
+    loading: dict[str, Any] = {
         "revision": options.model_revision,
         "attn_implementation": options.attn_implementation,
         "dtype": options.dtype,
         "trust_remote_code": training.trust_remote_code,
-        **(training.model_init_kwargs or {}),
     }
+    if isinstance(training.model_init_kwargs, dict):
+        loading |= training.model_init_kwargs
     training.model_init_kwargs = None  # used up: TRL warns about it beside a loaded model
     quantization = get_quantization_config(options)
     if quantization is not None:
-        loading |= {"quantization_config": quantization, "device_map": get_kbit_device_map()}
+        device = {"": PartialState().local_process_index}
+        loading |= {"quantization_config": quantization, "device_map": device}
     return loading
 
 
@@ -161,12 +163,12 @@ def _optimizer(arguments: TrainArguments, model: Any) -> tuple[Any, dict[str, An
             f"optim: {training.optim} makes its own parameter groups, so that the router and the "
             "norms cannot have their learning rates; choose adamw_torch, for instance"
         )
+    rates = {"router_lr": run.router_learning_rate, "norm_lr": run.norm_learning_rate}
     groups = param_groups(
         model,
         lr=training.learning_rate,
-        router_lr=run.router_learning_rate,
-        norm_lr=run.norm_learning_rate,
         weight_decay=training.weight_decay,
+        **{name: rate for name, rate in rates.items() if rate is not None},
     )
     return cls, {**options, "params": groups}
 
@@ -186,15 +188,15 @@ def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
 # What the user is told
 
 
-def _report_long_rows(trainer: SFTTrainer, rows: int) -> None:
+def _report_long_rows(arguments: TrainArguments, trainer: SFTTrainer, rows: int) -> None:
     """Say what `max_length` did to the data; TRL cuts and drops in silence."""
-    limit = trainer.args.max_length
-    if limit is None or trainer.args.packing:
+    limit, prepared = arguments.training.max_length, cast("Dataset", trainer.train_dataset)
+    if limit is None or arguments.training.packing:
         return
-    kept = len(trainer.train_dataset)
-    if kept < rows:
-        print(f"note: {rows - kept} of {rows} rows left out: the prompt fills max_length ({limit})")
-    reaching = sum(len(ids) >= limit for ids in trainer.train_dataset["input_ids"])
+    if len(prepared) < rows:
+        left_out = rows - len(prepared)
+        print(f"note: {left_out} of {rows} rows left out: the prompt fills max_length ({limit})")
+    reaching = sum(len(ids) >= limit for ids in prepared["input_ids"])
     if reaching:
         print(f"note: {reaching} of {rows} rows reach max_length ({limit}) and may be cut there")
 

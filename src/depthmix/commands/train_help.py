@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from depthmix.commands.parser import Parser
 from depthmix.config import MoDEConfig
@@ -29,18 +30,6 @@ examples:
 Ctrl-C finishes the step, saves a checkpoint and says how to go on.
 """
 
-_RUN = ("output_dir", "resume", "overwrite")
-_DATA = (
-    "dataset",
-    "dataset_config",
-    "dataset_split",
-    "dataset_format",
-    "eval_dataset",
-    "eval_split",
-)
-_METHOD = ("method", "mode", "late_layers_only", "num_virtual_tokens", "vera_r")
-_RATES = ("router_learning_rate", "norm_learning_rate")
-
 # TRL's options that most runs set; TRL itself is not imported for a help text.
 _TRL_MODEL = {
     "model_name_or_path": "Folder or hub name of the base model. Required.",
@@ -49,7 +38,7 @@ _TRL_MODEL = {
     "trust_remote_code": "Run code that comes with the model.",
 }
 _TRL_OUTPUT = {"output_dir": "Folder for the adapter, checkpoints and depthmix.yaml. Required."}
-_TRL_LORA = {
+LORA_HELP = {
     "lora_r": "Rank. Default: 16.",
     "lora_alpha": "Scale. Default: 32.",
     "lora_dropout": "Dropout. Default: 0.05.",
@@ -72,23 +61,42 @@ _TRL_TRAINING = {
     "eval_steps": "Steps from evaluation to evaluation. Default: one an epoch.",
     "seed": "Default: 42.",
 }
-CURATED = {**_TRL_MODEL, **_TRL_OUTPUT, **_TRL_LORA, **_TRL_TRAINING}
+CURATED = {**_TRL_MODEL, **_TRL_OUTPUT, **LORA_HELP, **_TRL_TRAINING}
 
 
 def print_help() -> None:
     """Print the options that matter, without importing TRL."""
-    own, method = options(RunOptions), options(MoDEConfig)
+    own, mode = option_texts(RunOptions), option_texts(MoDEConfig)
+    data = [name for name in own if name.startswith(("dataset", "eval_"))]
+    rates = ("router_learning_rate", "norm_learning_rate")
+    run = ("resume", "overwrite")
+    method = [name for name in own if name not in {*data, *rates, *run}]
+    groups = {
+        "model": _TRL_MODEL,
+        "data": {name: own[name] for name in data},
+        "method": {**{name: own[name] for name in method}, **LORA_HELP},
+        "MoDE": {**mode, **{name: own[name] for name in rates}},
+        "training": _TRL_TRAINING,
+        "the run": {**_TRL_OUTPUT, **{name: own[name] for name in run}},
+    }
     parser = Parser("train", _SUMMARY, _EXAMPLES, usage="[CONFIG.yaml] [--key value ...]")
-    parser.add_argument("--help-all", action="store_true", help="list every option that is accepted")
-    _add_texts(parser, "model", _TRL_MODEL)
-    _add_options(parser, "data", (own[name] for name in _DATA))
-    _add_options(parser, "method", (own[name] for name in _METHOD))
-    _add_texts(parser, "lora and dora", _TRL_LORA)
-    _add_options(parser, "MoDE", (*method.values(), *(own[name] for name in _RATES)))
-    _add_texts(parser, "training (of trl.SFTConfig)", _TRL_TRAINING)
-    _add_texts(parser, "the run", _TRL_OUTPUT)
-    _add_options(parser, "the run, once more", (own[name] for name in ("resume", "overwrite")))
+    parser.add_argument("--help-all", action="store_true", help="list every option there is")
+    add_texts(parser, groups)
     parser.print_help()
+
+
+def add_texts(parser: Parser, groups: Mapping[str, Mapping[str, str]]) -> None:
+    """Add options to a parser for the sake of its help alone, {group: {name: help}}."""
+    for title, texts in groups.items():
+        group = parser.add_argument_group(title)
+        for name, text in texts.items():
+            group.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
+
+
+def option_texts(cls: type[Any], names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return {name: help} of the fields of a dataclass, all or the named ones."""
+    known = options(cls)
+    return {name: _help(known[name]) for name in (known if names is None else names)}
 
 
 def print_all_options() -> None:
@@ -96,5 +104,19 @@ def print_all_options() -> None:
     for source, known in all_options().items():
         print(f"\n{source}\n{'-' * len(source)}")
         for option in known.values():
-            print(f"  {option.name} ({type_in_words(option)}; default {option.default})")
-            print(f"      {' '.join(option.help.split()).replace('%%', '%')}")
+            print(f"  {option.name}: {type_in_words(option)}; default {option.default}")
+            print(textwrap.indent(textwrap.fill(_plain(option.help), 90), "      "))
+
+
+def _help(option: Option) -> str:
+    """Return the help with the choices, and the default where the text does not tell it."""
+    text = option.help
+    if get_origin(option.hint) is Literal:
+        text += f" One of {', '.join(get_args(option.hint))}."
+    if option.default is not None and "Default" not in text and option.default is not False:
+        text += f" Default: {str(option.default).lower()}."
+    return text
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("%%", "%")

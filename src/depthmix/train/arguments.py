@@ -1,9 +1,9 @@
 """Options of `depthmix train`: one flat set of keys, in a YAML file and as flags (flags win).
 
-A key is a field of one of four dataclasses: `RunOptions` here, `MoDEConfig`, and TRL's `ModelConfig`
-and `SFTConfig`. A value stays the text that the user wrote, with its place, until the type of its
-field is known: YAML would read `no` as false and `2e-4` as text. TRL is imported only once the keys
-that need no TRL are found to be in order.
+A key is a field of one of four dataclasses: `RunOptions` here, `MoDEConfig`, and TRL's
+`ModelConfig` and `SFTConfig`. A value stays the text that the user wrote, with its place, until the
+type of its field is known: YAML would read `no` as false and `2e-4` as text. TRL is imported only
+once the keys that need no TRL are found to be in order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trl import ModelConfig, SFTConfig
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
 
 Method = Literal["lora", "dora", "ia3", "vera", "prompt_tuning", "full", "none"]
 DatasetFormat = Literal[
@@ -32,8 +33,8 @@ DatasetFormat = Literal[
 ]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,53 @@ class RunOptions:
     The help text of every field stands in its metadata, where the command line reads it.
     """
 
-    dataset: list[str] | None = _option(
-        None, "Local json, jsonl, csv or parquet file(s), a folder with train.*, or a hub name."
+    dataset: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Local json, jsonl, csv or parquet file(s), a folder with train.*, or a hub name."
+        ),
     )
-    dataset_config: str | None = _option(None, "Configuration of a hub data set.")
-    dataset_split: str = _option("train", "Split to train on, of a folder or a hub data set.")
-    dataset_format: DatasetFormat = _option(
-        "auto", "Kind of the rows. Default: told from their columns."
+    dataset_config: str | None = field(
+        default=None, metadata=_help("Configuration of a hub data set.")
     )
-    eval_dataset: list[str] | None = _option(None, "Data to evaluate on during training.")
-    eval_split: str = _option("test", "Split to evaluate on, of a folder or a hub data set.")
-    method: Method = _option(
-        "lora", "Tuning method that MoDE sits on; none: MoDE alone; full: every parameter."
+    dataset_split: str = field(
+        default="train", metadata=_help("Split to train on, of a folder or a hub data set.")
     )
-    mode: bool = _option(True, "Attach MoDE. --no_mode: the tuning method alone, as a baseline.")
-    late_layers_only: bool = _option(
-        False, "Put the adapter on the k late layers only: no backward pass below them."
+    dataset_format: DatasetFormat = field(
+        default="auto", metadata=_help("Kind of the rows. Default: told from their columns.")
     )
-    num_virtual_tokens: int = _option(20, "Length of the prompt that prompt_tuning learns.")
-    vera_r: int = _option(256, "Rank of VeRA's shared matrices.")
-    router_learning_rate: float | None = _option(None, "Learning rate of MoDE's router.")
-    norm_learning_rate: float | None = _option(None, "Learning rate of MoDE's norms.")
-    resume: bool = _option(False, "Go on from the last checkpoint in output_dir.")
-    overwrite: bool = _option(False, "Replace the run that output_dir holds.")
+    eval_dataset: list[str] | None = field(
+        default=None, metadata=_help("Data to evaluate on during training.")
+    )
+    eval_split: str = field(
+        default="test", metadata=_help("Split to evaluate on, of a folder or a hub data set.")
+    )
+    method: Method = field(
+        default="lora",
+        metadata=_help("Tuning method that MoDE sits on; none: MoDE alone; full: every parameter."),
+    )
+    mode: bool = field(
+        default=True,
+        metadata=_help("Attach MoDE. --no_mode: the tuning method alone, as a baseline."),
+    )
+    late_layers_only: bool = field(
+        default=False,
+        metadata=_help("Put the adapter on the k late layers only: no backward pass below them."),
+    )
+    num_virtual_tokens: int = field(
+        default=20, metadata=_help("Length of the prompt that prompt_tuning learns.")
+    )
+    vera_r: int = field(default=256, metadata=_help("Rank of VeRA's shared matrices."))
+    router_learning_rate: float | None = field(
+        default=None, metadata=_help("Learning rate of MoDE's router.")
+    )
+    norm_learning_rate: float | None = field(
+        default=None, metadata=_help("Learning rate of MoDE's norms.")
+    )
+    resume: bool = field(
+        default=False, metadata=_help("Go on from the last checkpoint in output_dir.")
+    )
+    overwrite: bool = field(default=False, metadata=_help("Replace the run that output_dir holds."))
 
     def __post_init__(self) -> None:
         if self.method == "none" and not self.mode:
@@ -194,17 +219,19 @@ def split_own(given: Mapping[str, Given]) -> tuple[RunOptions, MoDEConfig, dict[
 
 def model_config(given: Mapping[str, Given]) -> ModelConfig:
     """Return TRL's `ModelConfig` alone, for commands that do not train."""
-    from trl import ModelConfig
+    from trl.trainer.model_config import ModelConfig
 
     known = options(ModelConfig)
     given = _negated(known, given)
     _require_known(given, [*known, *options(RunOptions), *options(MoDEConfig)])
-    return _checked(ModelConfig, _typed(known, given))
+    config: ModelConfig = _checked(ModelConfig, _typed(known, given))
+    return config
 
 
 def all_options() -> dict[str, dict[str, Option]]:
     """Return every key that is accepted, grouped by where it comes from."""
-    from trl import ModelConfig, SFTConfig
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
 
     return {
         "depthmix": options(RunOptions),
@@ -233,7 +260,8 @@ def options(cls: type[Any]) -> dict[str, Option]:
 def _trl(
     run: RunOptions, given: Mapping[str, Given]
 ) -> tuple[ModelConfig, SFTConfig, dict[str, Any]]:
-    from trl import ModelConfig, SFTConfig
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
 
     for_model, for_training = options(ModelConfig), options(SFTConfig)
     given = _negated({**for_model, **for_training}, given)
@@ -258,7 +286,7 @@ def _without_old_names(training: dict[str, Any]) -> dict[str, Any]:
 def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults that differ from TRL's, which asks for bf16 wherever it runs."""
     import torch
-    from transformers.utils import is_torch_bf16_gpu_available
+    from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
     accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
     prefix_is_trained = not run.late_layers_only and run.method != "none"
@@ -303,7 +331,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -341,7 +371,7 @@ def _text(node: yaml.Node) -> Any:
 
 
 def _mapping(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Given]:
@@ -360,8 +390,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, Given]:
         else:
             given[name].text.append(token)
     return {
-        name: Given(v.text[0] if len(v.text) == 1 else v.text, v.place)
-        for name, v in given.items()
+        name: Given(v.text[0] if len(v.text) == 1 else v.text, v.place) for name, v in given.items()
     }
 
 
@@ -419,8 +448,16 @@ def convert(text: Any, known: Option) -> Any:
             continue
         if not known.choices or value is None or value in known.choices:
             return value
-    expected = _one_of(known.choices) if known.choices else " or ".join(map(_in_words, kinds))
-    raise ValueError("needs a value" if text == [] else f"expected {expected}, not {_shown(text)}")
+    if text == []:
+        raise ValueError("needs a value")
+    raise ValueError(f"expected {type_in_words(known)}, not {_shown(text)}")
+
+
+def type_in_words(known: Option) -> str:
+    """Return what an option takes: "an integer or null", "one of nll, dft" ..."""
+    if known.choices:
+        return _one_of(known.choices)
+    return " or ".join(map(_in_words, reversed(_kinds(known.hint))))
 
 
 _PREFERENCE = (types.NoneType, bool, int, float, Literal, Enum, dict, list, str)
@@ -453,7 +490,9 @@ def _as(kind: Any, text: Any) -> Any:
     if family is dict:
         return _as_mapping(text)
     if family is list:
-        return [_scalar(item) for item in text] if isinstance(text, list) and text else [_scalar(text)]
+        return (
+            [_scalar(item) for item in text] if isinstance(text, list) and text else [_scalar(text)]
+        )
     if family is Enum:
         return kind(_scalar(text)).value
     if family is Literal:

@@ -71,8 +71,7 @@ class RoutingCallback(TrainerCallback):
         """Describe MoDE in the model card of the checkpoint."""
         runtime = _runtime(kwargs["model"])
         if runtime is not None and state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            write_card(folder, runtime)
+            write_card(_folder(args) / f"checkpoint-{state.global_step}", runtime)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,14 +83,19 @@ class RoutingCallback(TrainerCallback):
         runtime.trainer = None
         runtime.hold_router = False
         if state.is_world_process_zero:
-            write_card(Path(args.output_dir), runtime)
+            write_card(_folder(args), runtime)
 
 
 def watch_trainers() -> None:
     """Have every Trainer made from now on carry a `RoutingCallback`, before all others."""
-    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    callbacks: list[type[TrainerCallback]] = transformers.trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
     if RoutingCallback not in callbacks:
         callbacks.insert(0, RoutingCallback)
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # TrainingArguments sets a default
+    return Path(args.output_dir)
 
 
 def _runtime(model: nn.Module) -> Runtime | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -36,4 +35,4 @@ folder)`: without it the weights of the ensemble are ignored.
 """
     temporary = path.with_suffix(".tmp")
     card.save(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -10,8 +10,9 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from depthmix.errors import DataError
 
@@ -44,7 +45,7 @@ def load_data(
     Raises:
         DataError: a source is missing or a row is broken; names the file, the line and the field.
     """
-    rows = _rows(source, split, config)
+    rows = _items(source, split, config)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{', '.join(source)}: there are no rows")
@@ -53,7 +54,7 @@ def load_data(
     convert = FORMATS[format][1] if format != "text" else _text_converter(text_field)
     from datasets import Dataset
 
-    return Dataset.from_list(_converted(_chain(first, rows), convert)), format
+    return Dataset.from_list(_converted(chain([first], rows), convert)), format
 
 
 def conversational(format: str) -> bool:
@@ -84,9 +85,18 @@ def question_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-# Formats: the columns that tell one, and what turns a row into TRL's columns
-
 Row = dict[str, Any]
+
+
+class _Item(NamedTuple):
+    """A row as it was read, and where; a line that cannot be read is a DataError."""
+
+    source: str
+    position: str  # "line 3", or "row 3" where lines say nothing
+    row: Any
+
+
+# Formats: the columns that tell one, and what turns a row into TRL's columns
 
 
 def _alpaca(row: Row) -> Row:
@@ -135,20 +145,19 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Row]]] = {
 }
 
 
-def _recognise(first: tuple[str, object], text_field: str) -> str:
-    place, row = first
-    if isinstance(row, DataError):
-        raise DataError(f"{place}: {row}")
-    columns = list(row) if isinstance(row, dict) else []
+def _recognise(first: _Item, text_field: str) -> str:
+    if isinstance(first.row, DataError):
+        raise DataError(f"{first.source}: {first.position}: {first.row}")
+    columns = list(first.row) if isinstance(first.row, dict) else []
     for name, (required, _) in FORMATS.items():
         if set((text_field,) if name == "text" else required) <= set(columns):
-            if name == "chat_completion" and not isinstance(row["prompt"], list):  # type: ignore[index]
+            if name == "chat_completion" and not isinstance(first.row["prompt"], list):
                 continue
             return name
-    expected = "; ".join(" + ".join(required) for required, _ in FORMATS.values())
+    expected = dict.fromkeys(" + ".join(required) for required, _ in FORMATS.values())
     raise DataError(
-        f"{place}: the columns {', '.join(map(str, columns)) or '(none)'} are of no known format: "
-        f"expected {expected}"
+        f"{first.source}: {first.position}: the columns {', '.join(map(str, columns)) or '(none)'} "
+        f"are of no known format: expected {'; '.join(expected)}"
     )
 
 
@@ -165,6 +174,8 @@ def _text(row: Row, field: str, *, may_be_empty: bool = False) -> str:
 
 def _messages(row: Row, field: str) -> list[Row]:
     value = row.get(field)
+    if value is None:
+        raise DataError(f"field {field} is missing")
     if not isinstance(value, list) or not value:
         raise DataError(f"field {field} must be a list of messages, not {_kind(value)}")
     for number, message in enumerate(value, 1):
@@ -192,15 +203,15 @@ def _tools(row: Row) -> Row:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "missing"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else "of that type")
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "null")
 
 
-def _converted(rows: Iterable[tuple[str, object]], convert: Callable[[Row], Row]) -> list[Row]:
+def _converted(items: Iterable[_Item], convert: Callable[[Row], Row]) -> list[Row]:
     """Convert every row, or raise the first problems and the number of the others."""
     converted: list[Row] = []
-    problems: list[str] = []
-    for place, row in rows:
+    problems: list[tuple[str, str]] = []
+    for source, position, row in items:
         try:
             if isinstance(row, DataError):
                 raise row
@@ -208,43 +219,47 @@ def _converted(rows: Iterable[tuple[str, object]], convert: Callable[[Row], Row]
                 raise DataError(f"a row must be an object with named fields, not {_kind(row)}")
             converted.append(convert(row))
         except DataError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append((source, f"{position}: {problem}"))
     if problems:
-        more = len(problems) - _SHOWN_PROBLEMS
-        tail = [f"and {more} more problems"] if more > 0 else []
-        raise DataError("; ".join(problems[:_SHOWN_PROBLEMS] + tail))
+        raise DataError(_listed(problems))
     return converted
 
 
-def _chain(first: tuple[str, object], rest: Iterator[tuple[str, object]]) -> Iterator[Any]:
-    yield first
-    yield from rest
+def _listed(problems: list[tuple[str, str]]) -> str:
+    """Name the first problems, each file once, and count the others."""
+    by_source: dict[str, list[str]] = {}
+    for source, problem in problems[:_SHOWN_PROBLEMS]:
+        by_source.setdefault(source, []).append(problem)
+    parts = [f"{source}: {'; '.join(found)}" for source, found in by_source.items()]
+    more = len(problems) - _SHOWN_PROBLEMS
+    return "; ".join([*parts, f"and {more} more"] if more > 0 else parts)
 
 
-# Sources: (place, row) pairs; a line that cannot be read is yielded as a DataError
+# Sources: readers yield (position, row)
 
 
-def _rows(source: Sequence[str], split: str, config: str | None) -> Iterator[tuple[str, object]]:
-    if len(source) == 1 and not Path(source[0]).exists() and not _READERS.get(_suffix(source[0])):
-        yield from _hub_rows(source[0], split, config)
+def _items(source: Sequence[str], split: str, config: str | None) -> Iterator[_Item]:
+    if len(source) == 1 and not Path(source[0]).exists() and _suffix(source[0]) not in _READERS:
+        yield from _hub_items(source[0], split, config)
         return
-    for name in source:
-        for path in _files(Path(name), split):
-            reader = _READERS.get(_suffix(path.name))
-            if reader is None:
-                raise DataError(f"{path}: expected a file of type {', '.join(_READERS)}")
-            try:
-                for position, row in reader(path):
-                    yield f"{path}: {position}", row
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror or error}") from error
+    for path in chain.from_iterable(_files(Path(name), split) for name in source):
+        reader = _READERS.get(_suffix(path.name))
+        if reader is None:
+            raise DataError(f"{path}: expected a file of type {', '.join(_READERS)}")
+        try:
+            for position, row in reader(path):
+                yield _Item(str(path), position, row)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from error
 
 
 def _files(path: Path, split: str) -> list[Path]:
     if not path.is_dir():
         return [path]
     named = re.compile(rf"{re.escape(split)}([-_.].*)?")
-    found = sorted(p for p in path.iterdir() if named.fullmatch(p.stem) and _suffix(p.name) in _READERS)
+    found = sorted(
+        p for p in path.iterdir() if named.fullmatch(p.stem) and _suffix(p.name) in _READERS
+    )
     if not found:
         raise DataError(f"{path}: no file {split}.* of type {', '.join(_READERS)}")
     return found
@@ -295,11 +310,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
                 problem = DataError("more cells than the header has columns")
                 yield f"line {reader.line_num}", problem if surplus else row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: line {reader.line_num + 1}: not valid CSV: {error}") from error
+            raise DataError(
+                f"{path}: line {reader.line_num + 1}: not valid CSV: {error}"
+            ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     try:
@@ -309,7 +326,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not a parquet file: {error}") from error
 
 
-def _hub_rows(name: str, split: str, config: str | None) -> Iterator[tuple[str, object]]:
+def _hub_items(name: str, split: str, config: str | None) -> Iterator[_Item]:
     from datasets import load_dataset
 
     try:
@@ -319,7 +336,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[tuple[str, 
             f"data set {name!r} is neither a file or folder here nor readable from the hub: {error}"
         ) from error
     for position, row in _numbered(rows):
-        yield f"{name} ({split}): {position}", row
+        yield _Item(f"{name} ({split})", position, row)
 
 
 def _numbered(rows: Iterable[object]) -> Iterator[tuple[str, object]]:

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+"""Ctrl-C in training: finish the step, save a checkpoint, stop. A second one stops at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class StopOnRequest(TrainerCallback):  # type: ignore[misc]
+class StopOnRequest(TrainerCallback):
     """Ends training after the current step, with a checkpoint, once `requested` is set."""
 
     def __init__(self) -> None:

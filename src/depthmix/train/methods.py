@@ -11,7 +11,7 @@ from depthmix.train.arguments import RunOptions
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
-    from trl import ModelConfig
+    from trl.trainer.model_config import ModelConfig
 
 
 def tune(

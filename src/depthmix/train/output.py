@@ -123,8 +123,9 @@ def _resumable(folder: Path, arguments: TrainArguments) -> str:
 
 def _require_same_run(stored: Path, arguments: TrainArguments) -> None:
     if not stored.exists():
-        raise ConfigError(f"--resume: {stored} is missing; name the checkpoint with "
-                          "--resume_from_checkpoint")
+        raise ConfigError(
+            f"--resume: {stored} is missing; name the checkpoint with --resume_from_checkpoint"
+        )
     before, now = yaml.safe_load(stored.read_text("utf-8")), arguments.resolved()
     for name in _LASTING:
         if before.get(name) != now.get(name):

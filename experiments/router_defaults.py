@@ -1,0 +1,220 @@
+"""Compare settings of the router and the distillation on a few hundred short questions.
+
+    python experiments/router_defaults.py --data mawps_train_raw.json --runs lora uniform prior
+
+trains the embedded model once a setting, on the same examples in the same order, and writes one
+line of JSON a run: held-out loss of the ensemble and of every late layer alone, mean weights and
+entropy of the router. The settings are those of RUNS; docs/experiments.md tells what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import depthmix
+from depthmix.adapters import late_layers, mode_only_config
+from depthmix.runtime import runtime_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from embedded_model import embedded_model
+
+IGNORED = -100
+
+
+@dataclass
+class Run:
+    """One setting: a tuning method, MoDE or none, learning rates."""
+
+    mode: dict[str, Any] | None = None
+    late_only: bool = False
+    lora: bool = True
+    lr: float = 5e-4
+    router_lr: float = 1e-3
+    norm_lr: float = 1e-3
+    notes: str = field(default="")
+
+
+RUNS = {
+    "lora": Run(),
+    "uniform": Run(mode={}),
+    "uniform_l0.1": Run(mode={"distill_weight": 0.1}),
+    "uniform_l0": Run(mode={"distill_weight": 0.0}),
+    "prior0.5": Run(mode={"router_prior": 0.5}),
+    "prior0.8": Run(mode={"router_prior": 0.8}),
+    "prior0.8_l0.1": Run(mode={"router_prior": 0.8, "distill_weight": 0.1}),
+    "prior0.5_fast": Run(mode={"router_prior": 0.5}, router_lr=1e-2, norm_lr=1e-2),
+    "prior0.8_norm1e-2": Run(mode={"router_prior": 0.8}, norm_lr=1e-2),
+    "prior0.8_rlr1e-2": Run(mode={"router_prior": 0.8}, router_lr=1e-2),
+    "prior0.8_balance": Run(mode={"router_prior": 0.8, "balance_weight": 0.01}, router_lr=1e-2),
+    "warmup20": Run(mode={"router_prior": 0.8, "router_warmup_steps": 20}, router_lr=1e-2),
+    "low_rank": Run(mode={"router_prior": 0.8, "adaptation": "low_rank"}),
+    "late": Run(late_only=True),
+    "late_prior0.8": Run(mode={"router_prior": 0.8}, late_only=True),
+    "late_uniform": Run(mode={}, late_only=True),
+    "mode": Run(mode={}, lora=False, norm_lr=1e-2, router_lr=1e-2),
+    "mode_prior0.8": Run(mode={"router_prior": 0.8}, lora=False, norm_lr=1e-2, router_lr=1e-2),
+}
+
+
+def main() -> None:
+    """Run the chosen settings, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="MAWPS in its raw JSON form")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--out", type=Path, default=Path("router_defaults.jsonl"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=120)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args()
+    folder = embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [encode(row, tokenizer) for row in json.loads(args.data.read_text())]
+    rows = [row for row in rows if len(row[0]) <= 64]
+    for seed in args.seeds:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = [rows[i] for i in order[: args.held_out]]
+        train = [rows[i] for i in order[args.held_out :][: args.steps * args.batch]]
+        for name in args.runs:
+            result = run(RUNS[name], folder, train, held_out, args.batch, seed)
+            line = json.dumps({"run": name, "seed": seed, "steps": args.steps, **result})
+            print(line, flush=True)
+            with args.out.open("a") as out:
+                out.write(line + "\n")
+
+
+def encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
+    """Return the token ids of a question with its equation and answer, and the prompt's length."""
+    prompt = f"Question: {row['original_text'].strip()}\nEquation:"
+    answer = f" {row['equation'].removeprefix('X=')}\nAnswer: {row['ans']}"
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    answer_ids = tokenizer(answer)["input_ids"]
+    return prompt_ids + answer_ids + [tokenizer.eos_token_id], len(prompt_ids)
+
+
+def batches(rows: list[tuple[list[int], int]], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield padded batches whose prompts are not supervised."""
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        width = max(len(ids) for ids, _ in chunk)
+        ids = torch.zeros(len(chunk), width, dtype=torch.long)
+        labels = torch.full_like(ids, IGNORED)
+        mask = torch.zeros_like(ids)
+        for i, (tokens, prompt) in enumerate(chunk):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+            mask[i, : len(tokens)] = 1
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(
+    setting: Run,
+    folder: Path,
+    train: list[tuple[list[int], int]],
+    held_out: list[tuple[list[int], int]],
+    batch: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Train one setting and score it on the held-out questions."""
+    torch.manual_seed(seed)
+    model = build(setting, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    groups = depthmix.param_groups(
+        model, lr=setting.lr, router_lr=setting.router_lr, norm_lr=setting.norm_lr
+    )
+    optimizer = torch.optim.AdamW(groups)
+    steps = len(train) // batch
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 4, (steps - step) / (steps - 4))
+    )
+    model.train()
+    began = time.perf_counter()
+    warmup = (setting.mode or {}).get("router_warmup_steps", 0)
+    for step, inputs in enumerate(tqdm(batches(train, batch), total=steps)):
+        if warmup:
+            runtime_of(model).hold_router = step < warmup
+        model(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    seconds = time.perf_counter() - began
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.eval()
+    return {**score(model, held_out, batch), "seconds": round(seconds), "trainable": trainable}
+
+
+def build(setting: Run, model: Any) -> Any:
+    """Attach what the setting asks for."""
+    if not setting.lora:
+        return depthmix.attach(model, depthmix.MoDEConfig(**setting.mode), mode_only_config())
+    peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if setting.late_only:
+        late_layers(peft_config, model, 3)
+    if setting.mode is None:
+        return get_peft_model(model, peft_config)
+    return depthmix.attach(model, depthmix.MoDEConfig(**setting.mode), peft_config)
+
+
+@torch.no_grad()
+def score(model: Any, rows: list[tuple[list[int], int]], batch: int) -> dict[str, Any]:
+    """Return the loss a token of the ensemble and of each late layer, and what the router does."""
+    attached = hasattr(model.get_base_model(), "depthmix_runtime")
+    totals: dict[str, Any] = {"loss": 0.0, "layers": 0.0, "weights": 0.0, "entropy": 0.0}
+    count = 0
+    for inputs in batches(rows, batch):
+        labels = inputs.pop("labels")[:, 1:]
+        mask = labels != IGNORED
+        count += int(mask.sum())
+        output = model(**inputs, output_hidden_states=attached)
+        logits = output.logits[:, :-1][mask]
+        totals["loss"] += F.cross_entropy(logits, labels[mask], reduction="sum").item()
+        if attached:
+            layers = score_layers(model, output.hidden_states, mask, labels)
+            for name, value in layers.items():
+                totals[name] = totals[name] + value
+    parts = ("loss", "layers", "weights", "entropy") if attached else ("loss",)
+    return {
+        name: torch.as_tensor(totals[name] / count).round(decimals=4).tolist() for name in parts
+    }
+
+
+def score_layers(model: Any, hidden: Any, mask: Any, labels: Any) -> dict[str, Any]:
+    """Return sums over the supervised tokens: loss of each layer, weights, entropy."""
+    runtime = runtime_of(model)
+    lm = runtime.causal_lm
+    norm = lm.get_submodule(runtime.anatomy.norm_path)
+    late = [hidden[i + 1] for i in runtime.anatomy.layer_indices[:-1]]
+    # The last of `hidden_states` is the mixture; the last layer's own state is recomputed.
+    last = lm.get_submodule(runtime.anatomy.layer_paths[-1])
+    kept: list[Any] = []
+    handle = last.register_forward_hook(lambda *a: kept.append(a[2]))
+    position = torch.arange(late[-1].shape[1]).unsqueeze(0)
+    rotary = lm.model.rotary_emb(late[-1], position)
+    last(late[-1], position_embeddings=rotary, position_ids=position)
+    handle.remove()
+    normed = torch.stack([norm.forward(h[:, :-1][mask]) for h in [*late, kept[0]]], dim=-2)
+    mixture = runtime.mixture()
+    states, gate = mixture.weigh(normed)
+    logits = lm.get_output_embeddings()(states)
+    flat = logits.flatten(0, 1)
+    repeated = labels[mask].repeat_interleave(states.shape[1])
+    losses = F.cross_entropy(flat, repeated, reduction="none").view(-1, states.shape[1])
+    entropy = -(gate * gate.clamp_min(1e-30).log()).sum(-1)
+    return {"layers": losses.sum(0), "weights": gate.sum(0), "entropy": entropy.sum().item()}
+
+
+if __name__ == "__main__":
+    main()

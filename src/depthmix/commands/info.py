@@ -1,0 +1,193 @@
+"""`depthmix info`: what MoDE finds in a model and what would be trained, or what a folder holds."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depthmix.commands.loading import base_of, has_mode, is_adapter, load_base, load_saved
+from depthmix.commands.parser import Parser
+from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
+from depthmix.config import MoDEConfig
+from depthmix.errors import ConfigError
+from depthmix.train.arguments import Given, RunOptions, model_config, read_flags, split_own
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_EXAMPLES = """\
+examples:
+  depthmix info HuggingFaceTB/SmolLM2-135M
+  depthmix info HuggingFaceTB/SmolLM2-135M --k 4 --method lora --lora_r 8 --late_layers_only
+  depthmix info out --json
+"""
+_METHOD = ("method", "mode", "late_layers_only", "num_virtual_tokens", "vera_r")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    if not argv or "-h" in argv or "--help" in argv:
+        _print_help()
+        return 0 if argv else 2
+    target, given = argv[0], read_flags(argv[1:])
+    if target.startswith("-"):
+        raise ConfigError("the model or the adapter comes first: depthmix info MODEL [--key value]")
+    as_json = given.pop("json", None) is not None
+    report = _saved(target, given) if _is_saved(target) else _planned(target, given)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_tables(report)
+    return 0
+
+
+def _print_help() -> None:
+    summary = "Show what MoDE finds in a model and would train, or what a saved folder holds."
+    parser = Parser("info", summary, _EXAMPLES, usage="MODEL_OR_ADAPTER [--key value ...]")
+    texts = {
+        "output": {"json": "Print JSON."},
+        "of an adapter": {"model": "Base model. Default: the one the adapter names."},
+        "of a model, what would be trained": {**option_texts(RunOptions, _METHOD), **LORA_HELP},
+        "MoDE": option_texts(MoDEConfig),
+    }
+    add_texts(parser, texts)
+    parser.print_help()
+
+
+def _is_saved(target: str) -> bool:
+    """Whether a folder holds something that was tuned, and not a base model."""
+    return Path(target).is_dir() and (is_adapter(target) or has_mode(target))
+
+
+def _planned(name: str, given: dict[str, Given]) -> dict[str, Any]:
+    """Describe what training with these options would put on a base model."""
+    from depthmix.train.methods import tune
+
+    run, mode, rest = split_own(given)
+    options = model_config(rest)
+    model = tune(load_base(name), run, mode, options)
+    what = {"model": name, "method": run.method, "with_mode": run.mode}
+    size = None if run.method == "full" else _size_when_saved(model)
+    return _report(what, model, mode if run.mode else None, size)
+
+
+def _saved(folder: str, given: dict[str, Given]) -> dict[str, Any]:
+    """Describe a folder that `depthmix train` has written."""
+    surplus = [name for name in given if name != "model"]
+    if surplus:
+        raise ConfigError(f"{given[surplus[0]].place}: {folder} is saved already; it has its own")
+    base = str(given["model"].text) if given else base_of(folder)
+    model = load_saved(folder, base, is_trainable=True)
+    mode = _mode_config(model) if has_mode(folder) else None
+    what = {"model": base, "adapter": folder, "with_mode": mode is not None}
+    return _report(what, model, mode, _weight_bytes(folder))
+
+
+def _mode_config(model: Any) -> MoDEConfig:
+    from depthmix.runtime import runtime_of
+
+    mixture = runtime_of(model).mixture()
+    assert mixture is not None
+    return mixture.config
+
+
+def _report(
+    what: dict[str, Any], model: nn.Module, mode: MoDEConfig | None, size: int | None
+) -> dict[str, Any]:
+    parts = _trainable_parts(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        **what,
+        "modules": _modules(model),
+        "parameters": {
+            "total": total,
+            "trainable": sum(parts.values()),
+            "share": sum(parts.values()) / total,
+            "parts": parts,
+        },
+        "saved_bytes": size,
+        "config": None if mode is None else mode.to_dict(),
+    }
+
+
+def _modules(model: nn.Module) -> dict[str, Any]:
+    """Return where the parts of the model are, if MoDE is attached to it."""
+    from depthmix.errors import DepthmixError
+    from depthmix.runtime import runtime_of
+
+    try:
+        anatomy = runtime_of(model).anatomy
+    except DepthmixError:
+        return {}
+    return {
+        "layers": anatomy.layers_path,
+        "late layers": list(anatomy.layer_indices),
+        "final norm": anatomy.norm_path,
+        "head": anatomy.head_path,
+        "scale before the head": anatomy.head_scale,
+        "after the head": str(anatomy.logit_transform),
+    }
+
+
+def _trainable_parts(model: nn.Module) -> dict[str, int]:
+    """Return the number of trainable parameters by part: MoDE's, and by type of module."""
+    parts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts[_part(name)] += parameter.numel()
+    return dict(parts)
+
+
+def _part(name: str) -> str:
+    """Return the part that a parameter belongs to, going by its name."""
+    path = name.split(".")
+    if "depthmix" in path:
+        return "MoDE router" if "router" in path else "MoDE norms"
+    end = next((i for i, p in enumerate(path) if p.startswith(_TUNER_PREFIXES)), len(path) - 1)
+    kind = path[end].partition("_")[0] if end < len(path) - 1 else ""
+    module = next(p for p in reversed(path[:end]) if not p.isdigit() and p != "default")
+    return f"{kind} {module}".strip()
+
+
+_TUNER_PREFIXES = ("lora_", "vera_", "ia3_", "modules_to_save")
+
+
+def _size_when_saved(model: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return _weight_bytes(folder)
+
+
+def _weight_bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+
+    def show(title: str, rows: dict[str, Any], justify: Any = "left") -> None:
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify=justify, overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)
+
+    what = {n: report[n] for n in ("model", "adapter", "method", "with_mode") if n in report}
+    show("Model", {**what, **report["modules"]})
+    counts = report["parameters"]
+    rows = {name: f"{count:,}" for name, count in counts["parts"].items()}
+    rows["all trainable"] = f"{counts['trainable']:,}"
+    rows["of all parameters"] = f"{counts['total']:,} ({counts['share']:.3%})"
+    if report["saved_bytes"] is not None:
+        rows["saved size in bytes"] = f"{report['saved_bytes']:,}"
+    show("Trainable parameters", rows, "right")
+    if report["config"] is not None:
+        show("MoDE", report["config"])
