@@ -132,15 +132,20 @@ def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
     return config
 
 
-def describe_in(config: PeftConfig, description: dict[str, Any]) -> None:
-    """Let `config.save_pretrained` write `description` under the key `depthmix`.
+def description(config: MoDEConfig) -> dict[str, Any]:
+    """Return what a saved adapter's configuration says of MoDE."""
+    return {"load_with": "depthmix.load", "config": config.to_dict()}
+
+
+def describe_in(config: PeftConfig, text: dict[str, Any]) -> None:
+    """Let `config.save_pretrained` write `text` under the key `depthmix`.
 
     A process that loads the adapter with plain PEFT, without MoDE, then gets PEFT's warning about
     a key it does not know, instead of wrong logits in silence.
     """
     untyped: Any = config
-    untyped.to_dict = functools.partial(_with_description, config, description)
+    untyped.to_dict = functools.partial(_with_description, config, text)
 
 
-def _with_description(config: PeftConfig, description: dict[str, Any]) -> dict[str, Any]:
-    return {**type(config).to_dict(config), MODULE_NAME: description}
+def _with_description(config: PeftConfig, text: dict[str, Any]) -> dict[str, Any]:
+    return {**type(config).to_dict(config), MODULE_NAME: text}

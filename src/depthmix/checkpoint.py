@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from depthmix.adapters import MODULE_NAME
+from depthmix.adapters import MODULE_NAME, describe_in, description
 from depthmix.config import MoDEConfig
 from depthmix.errors import CheckpointError
 from depthmix.fingerprint import check_fingerprint, same_sample
 from depthmix.mixture import read_spec
-from depthmix.surgery import attach
+from depthmix.surgery import attach, detach
 
 
 def load(base_model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> Any:
@@ -36,19 +36,16 @@ def load(base_model: PreTrainedModel, folder: str | Path, is_trainable: bool = F
     Raises:
         CheckpointError: no MoDE in `folder`; a missing, extra or misshapen tensor; another base.
     """
-    folder = Path(folder)
-    saved = _Checkpoint(folder)
+    saved = _Checkpoint(Path(folder))
     spec = saved.spec()
     attach(base_model, MoDEConfig.from_dict(spec["config"]))
-    mixture: Any = base_model.get_submodule(MODULE_NAME)
-    if (folder / CONFIG_NAME).exists():
-        check_fingerprint(spec["base"], read_spec(mixture.spec)["base"])
-        return _with_adapter(base_model, folder, saved, is_trainable)
-    _check_same_weights(base_model, saved)
-    saved.require({f"{MODULE_NAME}.{n}": t for n, t in mixture.state_dict().items()})
-    mixture.load_state_dict(saved.read_mode())
-    mixture.requires_grad_(is_trainable)
-    return base_model
+    try:
+        if (saved.folder / CONFIG_NAME).exists():
+            return _load_adapter(base_model, saved, spec, is_trainable)
+        return _load_whole(base_model, saved, is_trainable)
+    except BaseException:
+        detach(base_model)
+        raise
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
@@ -58,15 +55,34 @@ def read_peft_config(folder: Path) -> PeftConfig:
     return PeftConfig.from_peft_type(**values)  # type: ignore[no-any-return]
 
 
-def _with_adapter(
-    base_model: PreTrainedModel, folder: Path, saved: _Checkpoint, is_trainable: bool
+def _load_adapter(
+    base_model: PreTrainedModel, saved: _Checkpoint, spec: dict[str, Any], is_trainable: bool
 ) -> PeftModel:
-    config = read_peft_config(folder)
-    model = PeftModel.from_pretrained(
-        base_model, str(folder), is_trainable=is_trainable, config=config
-    )
-    saved.require(get_peft_model_state_dict(model), extra_allowed=False)
+    mixture: Any = base_model.get_submodule(MODULE_NAME)
+    check_fingerprint(spec["base"], read_spec(mixture.spec)["base"])
+    config = read_peft_config(saved.folder)
+    config.inference_mode = not is_trainable
+    model = get_peft_model(base_model, config)
+    try:
+        saved.require(get_peft_model_state_dict(model), extra_allowed=False)
+        model.load_adapter(str(saved.folder), "default", is_trainable=is_trainable)
+    except BaseException:
+        if not config.is_prompt_learning:
+            model.unload()
+        raise
+    describe_in(config, description(mixture.config))
     return model
+
+
+def _load_whole(
+    base_model: PreTrainedModel, saved: _Checkpoint, is_trainable: bool
+) -> PreTrainedModel:
+    mixture: Any = base_model.get_submodule(MODULE_NAME)
+    _check_same_weights(base_model, saved)
+    saved.require({f"{MODULE_NAME}.{n}": t for n, t in mixture.state_dict().items()})
+    mixture.load_state_dict(saved.read_mode())
+    mixture.requires_grad_(is_trainable)
+    return base_model
 
 
 def _check_same_weights(base_model: PreTrainedModel, saved: _Checkpoint) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 
+import depthmix
 from depthmix.errors import ConfigError, DepthmixError
 
 COMMANDS = {
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error as one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -77,10 +80,12 @@ def _dispatch(arguments: list[str]) -> int:
         print(_usage(), end="")
         return 0
     if name == "--version":
-        print(f"depthmix {version('depthmix')}")
+        print(f"depthmix {depthmix.__version__}")
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
+    # PEFT asks for a property of transformers by its old name, at every model.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     command = importlib.import_module(f"depthmix.commands.{name}")
     return int(command.run(rest))
 

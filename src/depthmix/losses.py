@@ -79,7 +79,7 @@ def ensemble_loss(
     total, cross_entropy, distances, entropy, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
         states, gate, labels, head, transform, distill_weight, divergence, *head.tensors
     )
-    return EnsembleLoss(total, cross_entropy, distances, entropy, correct)
+    return EnsembleLoss(total, cross_entropy, distances, entropy, correct.bool())
 
 
 class _EnsembleLoss(torch.autograd.Function):
@@ -99,7 +99,9 @@ class _EnsembleLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         d_states, d_gate = torch.empty_like(states), torch.empty_like(gate)
         d_head = [_accumulator(tensor) for tensor in head_tensors]
-        parts = []
+        # One buffer for all tokens: a small tensor that outlives its chunk would lie in the middle
+        # of the memory that the chunk gives back, and the allocator could not use it again.
+        values = gate.new_empty(4, len(labels))
         # The chunk's arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
         with torch.autocast(states.device.type, enabled=False):
             for rows in _chunks(states, head):
@@ -115,13 +117,11 @@ class _EnsembleLoss(torch.autograd.Function):
                     distill_weight,
                     divergence,
                 )
-                parts.append(loss.values)
+                values[:, rows] = loss.values
                 d_gate[rows] = loss.d_gate
                 d_flat = head.pull_back(flat, output, loss.d_raw.flatten(0, 1), d_head)
                 d_states[rows] = d_flat.unflatten(0, shape)
-        cross_entropy, distance, entropy, correct = (
-            torch.cat(part) for part in zip(*parts, strict=True)
-        )
+        cross_entropy, distance, entropy, correct = values
         total = cross_entropy.sum() + distill_weight * distance.sum()
         ctx.save_for_backward(d_states, d_gate, *d_head)
         ctx.mark_non_differentiable(cross_entropy, distance, entropy, correct)
@@ -139,7 +139,7 @@ class _EnsembleLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _ChunkLoss:
-    values: tuple[Tensor, Tensor, Tensor, Tensor]  # cross-entropy, divergence, entropy, correct
+    values: Float[Tensor, "4 c"]  # cross-entropy, divergence, entropy, 1 where correct
     d_raw: Float[Tensor, "c k v"]
     d_gate: Float[Tensor, "c k"]
 
@@ -172,7 +172,7 @@ def _chunk_loss(
         distance = distances.mean(dim=1)
         d_late = transform.pull_back(layer_logits[:, :-1], d_late)
         d_raw[:, :-1].add_(d_late, alpha=distill_weight / late)
-    values = (-label_log_p.squeeze(1), distance, entropy, correct)
+    values = torch.stack([-label_log_p.squeeze(1), distance, entropy, correct.to(entropy.dtype)])
     return _ChunkLoss(values, d_raw, d_gate)
 
 

@@ -13,6 +13,7 @@ from depthmix.adapters import (
     carry,
     causal_lm_of,
     describe_in,
+    description,
     with_mode,
     without_mode,
 )
@@ -61,11 +62,11 @@ def attach(
     watch_trainers()
     if peft_config is not None:
         model = get_peft_model(causal_lm, peft_config)
-        describe_in(peft_config, _description(config))
+        describe_in(peft_config, description(config))
     elif isinstance(model, PeftModel):
         carry(model)
         for carried in model.peft_config.values():
-            describe_in(carried, _description(config))
+            describe_in(carried, description(config))
     return model
 
 
@@ -93,7 +94,3 @@ def _install(causal_lm: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -
     causal_lm.depthmix = mixture.to(next(last_layer.parameters()).device)
     vars(causal_lm)[RUNTIME_NAME] = Runtime(causal_lm, anatomy)
     causal_lm.add_model_tags(["depthmix", "mixture-of-depths-ensemble"])
-
-
-def _description(config: MoDEConfig) -> dict[str, Any]:
-    return {"load_with": "depthmix.load", "config": config.to_dict()}

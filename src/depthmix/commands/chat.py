@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from depthmix.commands.generate import (
     add_generation_options,
     add_model_options,
-    chat_prompt,
     check_sampling,
     complete,
+    encode_chat,
     showing_routing,
 )
 from depthmix.commands.loading import load_tuned
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     check_sampling(arguments)
     model, tokenizer = load_tuned(arguments.adapter, arguments.model)
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    chat_prompt([*opening, {"role": "user", "content": "?"}], tokenizer)  # is there a template?
+    encode_chat([*opening, {"role": "user", "content": "?"}], tokenizer)  # is there a template?
     history = list(opening)
     print("/reset forgets the conversation, /exit or Ctrl-D ends it.")
     while (said := _read()) is not None:
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
             history = list(opening)
         elif said:
             history.append({"role": "user", "content": said})
-            prompt = chat_prompt(history, tokenizer)
+            prompt = encode_chat(history, tokenizer)
             with showing_routing(arguments, model):
                 answer = complete(model, tokenizer, [prompt], arguments, stream=True)[0]
             history.append({"role": "assistant", "content": answer})

@@ -32,12 +32,12 @@ def run(argv: Sequence[str]) -> int:
     prompts = _prompts(arguments)
     model, tokenizer = load_tuned(arguments.adapter, arguments.model)
     row_format = arguments.format or trained_format(arguments.adapter)
-    prompts = [_as_trained(prompt, row_format, tokenizer) for prompt in prompts]
+    encoded = [_encoded(prompt, row_format, tokenizer) for prompt in prompts]
     with showing_routing(arguments, model):
-        if len(prompts) == 1:
-            complete(model, tokenizer, prompts, arguments, stream=True)
+        if len(encoded) == 1:
+            complete(model, tokenizer, encoded, arguments, stream=True)
         else:
-            _complete_all(model, tokenizer, prompts, arguments)
+            _complete_all(model, tokenizer, encoded, arguments)
     return 0
 
 
@@ -109,11 +109,11 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 def complete(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[list[int]],
     arguments: argparse.Namespace,
     stream: bool = False,
 ) -> list[str]:
-    """Return the completions of prompts that are in their final form, special tokens included.
+    """Return the completions of encoded prompts.
 
     Args:
         model: the model.
@@ -126,7 +126,7 @@ def complete(
 
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     set_seed(arguments.seed)
     output = model.generate(
@@ -170,7 +170,7 @@ def showing_routing(arguments: argparse.Namespace, model: Any) -> Iterator[None]
 def _complete_all(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[list[int]],
     arguments: argparse.Namespace,
 ) -> None:
     for start in range(0, len(prompts), arguments.batch_size):
@@ -190,15 +190,19 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _as_trained(prompt: str, row_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _encoded(prompt: str, row_format: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that a training row with this prompt begins with."""
     if conversational(row_format):
-        return chat_prompt([{"role": "user", "content": prompt}], tokenizer)
-    return prompt_for(prompt, row_format)
+        return encode_chat([{"role": "user", "content": prompt}], tokenizer)
+    encoded: Any = tokenizer(prompt_for(prompt, row_format))
+    return list(encoded["input_ids"])
 
 
-def chat_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+def encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return a conversation in the tokenizer's chat template, open for the assistant."""
     if tokenizer.chat_template is None:
         raise ConfigError("the tokenizer has no chat template; use `depthmix generate` with text")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return str(text)
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )
+    return list(encoded["input_ids"])

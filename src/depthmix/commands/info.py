@@ -14,10 +14,19 @@ from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
-from depthmix.train.arguments import Given, RunOptions, model_config, read_flags, split_own
+from depthmix.train.arguments import (
+    Given,
+    RunOptions,
+    adapter_options,
+    options,
+    read_flags,
+    split_own,
+)
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from depthmix.head import LogitTransform
 
 _EXAMPLES = """\
 examples:
@@ -68,8 +77,10 @@ def _planned(name: str, given: dict[str, Given]) -> dict[str, Any]:
     from depthmix.train.methods import tune
 
     run, mode, rest = split_own(given)
-    options = model_config(rest)
-    model = tune(load_base(name), run, mode, options)
+    for option in set(options(RunOptions)) - set(_METHOD):
+        if option in given:
+            raise ConfigError(f"{given[option].place}: has no meaning for depthmix info")
+    model = tune(load_base(name), run, mode, adapter_options(rest))
     what = {"model": name, "method": run.method, "with_mode": run.mode}
     size = None if run.method == "full" else _size_when_saved(model)
     return _report(what, model, mode if run.mode else None, size)
@@ -129,8 +140,15 @@ def _modules(model: nn.Module) -> dict[str, Any]:
         "final norm": anatomy.norm_path,
         "head": anatomy.head_path,
         "scale before the head": anatomy.head_scale,
-        "after the head": str(anatomy.logit_transform),
+        "after the head": _in_words(anatomy.logit_transform),
     }
+
+
+def _in_words(transform: LogitTransform) -> str:
+    parts = [] if transform.scale == 1 else [f"times {transform.scale:g}"]
+    if transform.cap is not None:
+        parts.append(f"soft cap at {transform.cap:g}")
+    return ", ".join(parts) or "nothing"
 
 
 def _trainable_parts(model: nn.Module) -> dict[str, int]:
@@ -180,8 +198,8 @@ def _print_tables(report: dict[str, Any]) -> None:
             table.add_row(name, str(value))
         console.print(table)
 
-    what = {n: report[n] for n in ("model", "adapter", "method", "with_mode") if n in report}
-    show("Model", {**what, **report["modules"]})
+    names = [n for n in ("model", "adapter", "method", "with_mode") if n in report]
+    show("Model", {**{name: report[name] for name in names}, **report["modules"]})
     counts = report["parameters"]
     rows = {name: f"{count:,}" for name, count in counts["parts"].items()}
     rows["all trainable"] = f"{counts['trainable']:,}"

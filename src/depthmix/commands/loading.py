@@ -37,27 +37,33 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def load_tuned(folder: str, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load what `depthmix train` saved, with MoDE or without, and its tokenizer, for inference.
+    """Load what `depthmix train` saved and its tokenizer, for inference.
 
     Args:
         folder: folder with an adapter or a fully fine-tuned model.
         base: base model to use instead of the one that the adapter names.
     """
     import torch
+
+    model = load_saved(folder, base)
+    own_tokenizer = (Path(folder) / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(folder if own_tokenizer else base or base_of(folder))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def load_saved(folder: str, base: str | None, is_trainable: bool = False) -> Any:
+    """Load a saved model, with MoDE or without, onto its base model."""
     from peft import PeftModel
 
     import depthmix
 
-    name = base or base_of(folder)
-    model: Any = load_base(name)
+    model = load_base(base or base_of(folder))
     if has_mode(folder):
-        model = depthmix.load(model, folder)
-    elif is_adapter(folder):
-        model = PeftModel.from_pretrained(model, folder)
-    own_tokenizer = (Path(folder) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(folder if own_tokenizer else name)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return model.to(device).eval(), tokenizer
+        return depthmix.load(model, folder, is_trainable=is_trainable)
+    if is_adapter(folder):
+        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    return model
 
 
 def is_adapter(folder: str) -> bool:
@@ -114,8 +120,8 @@ def _found(what: str, name: str, load: Callable[[], T]) -> T:
     """Run `load`; say what was looked for where it fails."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
-        raise DepthmixError(f"{what} {name}: there is no such folder")
+        raise DepthmixError(f"model {name}: there is no such folder")
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise DepthmixError(f"{what} {name}: cannot be loaded: {error}") from error

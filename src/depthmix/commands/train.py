@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from depthmix.commands.loading import load_base, load_tokenizer
 from depthmix.commands.train_help import print_all_options, print_help
-from depthmix.errors import ConfigError, TrainingError
+from depthmix.errors import ConfigError, DataError, TrainingError
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments, parse
 from depthmix.train.data import conversational, load_data
@@ -41,9 +41,10 @@ def train(arguments: TrainArguments) -> int:
     tokenizer = _tokenizer(arguments, row_format)
     trainer = _trainer(arguments, tokenizer, rows)
     main_process = trainer.is_world_process_zero()
+    notes = _long_rows(arguments, trainer, len(rows))
     if main_process:
         output.write_config(folder, arguments, row_format)
-        _report_long_rows(arguments, trainer, len(rows))
+        print(*notes, sep="\n", end="\n" if notes else "")
     with stopping_on_interrupt(trainer):
         _fit(trainer, checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -156,7 +157,10 @@ def _optimizer(arguments: TrainArguments, model: Any) -> tuple[Any, dict[str, An
     from depthmix import param_groups
 
     training, run = arguments.training, arguments.run
-    cls, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    except (ImportError, ValueError) as error:  # a package that is not there, wrong optim_args
+        raise ConfigError(f"optim: {error}") from error
     own_groups = {"params", "model", "optimizer_dict"} & options.keys()
     if own_groups or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(
@@ -188,17 +192,20 @@ def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
 # What the user is told
 
 
-def _report_long_rows(arguments: TrainArguments, trainer: SFTTrainer, rows: int) -> None:
+def _long_rows(arguments: TrainArguments, trainer: SFTTrainer, rows: int) -> list[str]:
     """Say what `max_length` did to the data; TRL cuts and drops in silence."""
     limit, prepared = arguments.training.max_length, cast("Dataset", trainer.train_dataset)
     if limit is None or arguments.training.packing:
-        return
-    if len(prepared) < rows:
-        left_out = rows - len(prepared)
-        print(f"note: {left_out} of {rows} rows left out: the prompt fills max_length ({limit})")
+        return []
+    if len(prepared) == 0:
+        raise DataError(f"no row is left: every prompt fills max_length ({limit} tokens)")
     reaching = sum(len(ids) >= limit for ids in prepared["input_ids"])
-    if reaching:
-        print(f"note: {reaching} of {rows} rows reach max_length ({limit}) and may be cut there")
+    left_out = rows - len(prepared)
+    notes = [
+        (left_out, f"are left out: the prompt fills max_length ({limit})"),
+        (reaching, f"reach max_length ({limit}) and may be cut"),
+    ]
+    return [f"note: {count} of {rows} rows {what}" for count, what in notes if count]
 
 
 def _stopped(trainer: SFTTrainer, folder: Path) -> str:
@@ -211,6 +218,7 @@ def _stopped(trainer: SFTTrainer, folder: Path) -> str:
 def _summary(trainer: SFTTrainer, folder: Path) -> str:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
+    losses = losses or [entry["train_loss"] for entry in history if "train_loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     parts = [f"saved in {folder}"]
     if losses:

@@ -192,7 +192,7 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     for name, value in (
         ("model_name_or_path", model.model_name_or_path),
         ("dataset", run.dataset),
-        ("output_dir", training.output_dir if "output_dir" in rest else None),
+        ("output_dir", chosen.get("output_dir")),
     ):
         if not value:
             raise ConfigError(f"{name} is missing: set it in the YAML file or with --{name}")
@@ -217,11 +217,11 @@ def split_own(given: Mapping[str, Given]) -> tuple[RunOptions, MoDEConfig, dict[
     return run, mode, {name: v for name, v in given.items() if name not in {**own, **method}}
 
 
-def model_config(given: Mapping[str, Given]) -> ModelConfig:
-    """Return TRL's `ModelConfig` alone, for commands that do not train."""
+def adapter_options(given: Mapping[str, Given]) -> ModelConfig:
+    """Return TRL's options of LoRA alone, for commands that do not train."""
     from trl.trainer.model_config import ModelConfig
 
-    known = options(ModelConfig)
+    known = {n: o for n, o in options(ModelConfig).items() if n.startswith(("lora_", "use_"))}
     given = _negated(known, given)
     _require_known(given, [*known, *options(RunOptions), *options(MoDEConfig)])
     config: ModelConfig = _checked(ModelConfig, _typed(known, given))
@@ -296,6 +296,7 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
         "eval_strategy": _eval_strategy(run, training),
         "bf16": accelerated and is_torch_bf16_gpu_available() and not training.get("fp16"),
         "activation_checkpointing": accelerated and prefix_is_trained,
+        "dataloader_pin_memory": accelerated,
     }
 
 
@@ -450,7 +451,10 @@ def convert(text: Any, known: Option) -> Any:
             return value
     if text == []:
         raise ValueError("needs a value")
-    raise ValueError(f"expected {type_in_words(known)}, not {_shown(text)}")
+    expected = type_in_words(known)
+    if len(expected) > _LONGEST_LIST:
+        expected = f"{expected[:_LONGEST_LIST].rpartition(',')[0]} ... (see --help-all)"
+    raise ValueError(f"expected {expected}, not {_shown(text)}")
 
 
 def type_in_words(known: Option) -> str:
@@ -460,7 +464,8 @@ def type_in_words(known: Option) -> str:
     return " or ".join(map(_in_words, reversed(_kinds(known.hint))))
 
 
-_PREFERENCE = (types.NoneType, bool, int, float, Literal, Enum, dict, list, str)
+_LONGEST_LIST = 150
+_PREFERENCE = (types.NoneType, bool, int, float, Literal, Enum, dict, str, list)
 _BOOLEANS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from depthmix.config import MoDEConfig
-from depthmix.errors import ConfigError
+from depthmix.errors import ConfigError, DepthmixError
 from depthmix.train.arguments import RunOptions
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def tune(
         if run.mode:
             return attach(model, mode, config)
         return model if config is None else get_peft_model(model, config)
-    except ConfigError:
+    except DepthmixError:
         raise
     except ValueError as error:  # PEFT's: unknown target modules, an architecture without defaults
         raise ConfigError(f"method {run.method}: {error}") from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+import depthmix
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.train.arguments import TrainArguments
@@ -57,8 +58,8 @@ def prepare(folder: Path, arguments: TrainArguments) -> str | None:
 
 def write_config(folder: Path, arguments: TrainArguments, row_format: str) -> None:
     """Write the configuration that reproduces the run; never half of it."""
-    packages = ("depthmix", "torch", "transformers", "peft", "trl")
-    header = "# " + ", ".join(f"{name} {version(name)}" for name in packages)
+    others = (f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    header = f"# depthmix {depthmix.__version__}, {', '.join(others)}"
     values = {**arguments.resolved(), "dataset_format": row_format}
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / f".{CONFIG_NAME}"
@@ -67,10 +68,15 @@ def write_config(folder: Path, arguments: TrainArguments, row_format: str) -> No
 
 
 def save(folder: Path, trainer: Trainer) -> None:
-    """Save the model and the tokenizer beside the run, then move them in, the sign last."""
+    """Save the model and the tokenizer beside the run, then move them in, the sign last.
+
+    The run's model card stays: it tells more than the one that PEFT saves.
+    """
     staging = folder / ".saving"
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
+        if (folder / "README.md").exists():
+            (staging / "README.md").unlink(missing_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name in _MODEL_CONFIGS):
             path.replace(folder / path.name)
         staging.rmdir()

@@ -1,0 +1,253 @@
+"""`depthmix train`: from a data file to a saved adapter, stopped and continued on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import depthmix
+from depthmix.cli import main
+from depthmix.train.data import load_data
+from depthmix.train.interrupt import StopOnRequest
+
+
+@pytest.fixture
+def train(tiny, rows, tmp_path):
+    """Run `depthmix train` on the tiny model; returns the status."""
+
+    def run(*flags, output="out"):
+        return main(
+            [
+                *("train", "--model_name_or_path", tiny, "--dataset", rows),
+                *("--output_dir", str(tmp_path / output), "--per_device_train_batch_size", "4"),
+                *("--k", "2", "--logging_steps", "1", "--disable_tqdm", *flags),
+            ]
+        )
+
+    return run
+
+
+def weights(folder):
+    return load_file(next(Path(folder).glob("*.safetensors")))
+
+
+def one_line(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if "depthmix: error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_trains_saves_and_says_how_to_go_on(train, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train("--max_steps", "4", "--learning_rate", "1e-2") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"saved in {out}; loss ")
+    assert not list(out.glob(".*"))
+    assert {"adapter_config.json", "tokenizer.json", "depthmix.yaml"} <= set(os.listdir(out))
+    stored = yaml.safe_load((out / "depthmix.yaml").read_text())
+    assert (stored["k"], stored["max_steps"]) == (2, 4)
+    assert stored["dataset_format"] == "prompt_completion"
+    assert "Mixture-of-Depths Ensemble" in (out / "README.md").read_text()
+
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    ids = torch.tensor([[5, 6, 7]])
+    before = base(ids).logits
+    model = depthmix.load(base, out).eval()
+    assert not torch.equal(model(ids).logits, before)
+    assert any("lora_B" in name and tensor.any() for name, tensor in weights(out).items())
+    assert weights(out)["base_model.model.depthmix.router.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        (["--method", "dora"], "lora_magnitude_vector"),
+        (["--method", "ia3"], "ia3_l"),
+        (["--method", "vera", "--vera_r", "8"], "vera_lambda_b"),
+        (["--method", "prompt_tuning", "--num_virtual_tokens", "3"], "prompt_embeddings"),
+        (["--method", "none"], "depthmix.norm.scale"),
+        (["--method", "full"], "q_proj.weight"),
+        (["--late_layers_only", "--lora_target_modules", "q_proj", "v_proj"], "layers.3"),
+        (["--no_mode"], "lora_B"),
+        (["--no_mode", "--method", "full"], "q_proj.weight"),
+    ],
+)
+def test_every_method(train, tmp_path, flags, trained):
+    assert train("--max_steps", "1", *flags) == 0
+    names = list(weights(tmp_path / "out"))
+    assert any(trained in name for name in names)
+    assert any("depthmix" in name for name in names) == ("--no_mode" not in flags)
+    if "--late_layers_only" in flags:
+        assert not any("layers.0" in name or "layers.1" in name for name in names)
+
+
+def test_evaluates_packs_and_accumulates(train, rows, tmp_path, capsys):
+    flags = ["--max_steps", "2", "--eval_dataset", rows, "--eval_steps", "1"]
+    assert train(*flags, "--gradient_accumulation_steps", "2", "--gradient_checkpointing") == 0
+    assert "; eval loss " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_learning_rates_of_router_and_norms(train, tmp_path):
+    assert train("--max_steps", "1", "--router_learning_rate", "0") == 0
+    saved = weights(tmp_path / "out")
+    assert not saved["base_model.model.depthmix.router.weight"].any()
+    assert saved["base_model.model.depthmix.norm.scale"].any()
+
+
+def test_stopped_and_continued_equals_uninterrupted(train, tmp_path, monkeypatch, capsys):
+    flags = ["--num_train_epochs", "2", "--save_strategy", "no", "--lora_dropout", "0.1"]
+    assert train(*flags, output="whole") == 0
+    original = StopOnRequest.on_step_end
+
+    def interrupt_at_2(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnRequest, "on_step_end", interrupt_at_2)
+    handler = signal.getsignal(signal.SIGINT)
+    assert train(*flags, output="stopped") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    stopped = tmp_path / "stopped"
+    advice = f"go on with: depthmix train {stopped / 'depthmix.yaml'} --resume"
+    assert f"stopped after step 2 of 6; {advice}" in said
+    assert os.listdir(stopped / "checkpoint-2")
+    assert not (stopped / "adapter_config.json").exists()
+
+    # A checkpoint that was cut off while being written is not taken.
+    (stopped / "checkpoint-3").mkdir()
+    assert main(["train", str(stopped / "depthmix.yaml"), "--resume"]) == 0
+    whole, continued = weights(tmp_path / "whole"), weights(stopped)
+    assert whole.keys() == continued.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(continued[name], tensor, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_process_of_its_own(tiny, rows, tmp_path):
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "depthmix", "train"),
+        *("--model_name_or_path", tiny, "--dataset", rows, "--output_dir", str(tmp_path / "out")),
+        *("--max_steps", "100000", "--logging_steps", "1", "--disable_tqdm", "--k", "2"),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors.splitlines()[-1]
+    assert len(list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))) == 1
+
+
+def test_a_folder_that_is_taken(train, tiny, tmp_path, capsys):
+    assert train("--max_steps", "1") == 0
+    capsys.readouterr()
+    assert train("--max_steps", "1") == 2
+    assert "holds a finished run: go on with it (--resume), replace it" in one_line(capsys)
+    assert train("--resume", "--lora_r", "3") == 2
+    assert "--resume: lora_r was None" in one_line(capsys)
+    assert train("--max_steps", "1", "--overwrite", "--method", "none", "--save_steps", "1") == 0
+    assert not any("lora" in name for name in weights(tmp_path / "out"))
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    assert train("--max_steps", "1") == 2
+    assert "holds an unfinished run" in one_line(capsys)
+    assert train("--resume", output="new") == 2
+    assert "no checkpoint in" in one_line(capsys)
+    assert train("--resume_from_checkpoint", str(tmp_path / "new")) == 2
+    assert "there is no whole checkpoint" in one_line(capsys)
+
+
+def test_other_models_are_not_overwritten(train, tiny, tmp_path, capsys):
+    assert train("--output_dir", tiny, "--overwrite") == 2
+    assert "is the folder of the base model" in one_line(capsys)
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "out")
+    assert train("--overwrite") == 2
+    assert "holds a model that depthmix did not train" in one_line(capsys)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "complaint"),
+    [
+        (["--model_name_or_path", "./none"], 1, "model ./none: there is no such folder"),
+        (["--model_name_or_path", "no/such"], 1, "tokenizer of no/such: cannot be loaded"),
+        (["--dataset", "none.jsonl"], 1, "none.jsonl: No such file or directory"),
+        (["--k", "9"], 1, "k = 9, but LlamaForCausalLM has 4 layers"),
+        (["--lora_target_modules", "nothing"], 2, "method lora: No modules were targeted"),
+        (["--optim", "lomo"], 2, "optim: You need to install `lomo_optim`"),
+        (["--assistant_only_loss"], 2, "You set `assistant_only_loss=True`"),
+        (["--loss_type", "dft"], 1, "loss_type='dft'"),
+        (["--max_length", "2"], 1, "no row is left"),
+        (["--chat_template_path", "no/such"], 2, "chat_template_path: expected a .jinja file"),
+        (["--bf16"], 2, "SFTConfig: Your setup doesn't support bf16"),
+        (["--attn_implementation", "flash_attention_2"], 1, "FlashAttention2"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(train, capsys, flags, status, complaint):
+    assert train(*flags) == status
+    assert complaint in one_line(capsys)
+
+
+def test_rows_that_are_too_long_are_told(train, capsys):
+    assert train("--max_steps", "1", "--max_length", "8") == 0
+    assert "rows reach max_length (8) and may be cut" in capsys.readouterr().out
+
+
+def test_messages_need_a_chat_template(train, tiny, tmp_path, capsys):
+    chat = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat}))
+    assert train("--max_steps", "1", "--dataset", str(path)) == 0
+    bare = tmp_path / "bare"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
+    flags = ["--dataset", str(path), "--model_name_or_path", str(bare)]
+    assert train(*flags, output="other") == 2
+    assert "no chat template" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "What is 3 + 4?", "completion": " 7."},
+        {"instruction": "What is 3 + 4?", "input": "", "output": "\nA: 7.", "answer": "7"},
+        {"question": "What is 3 + 4?", "answer": "3+4=<<3+4=7>>7\n#### 7"},
+        {"text": "The answer is 7."},
+    ],
+)
+def test_the_end_of_sequence_is_supervised(row, tiny, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny),
+        args=SFTConfig(str(tmp_path), bf16=False, activation_checkpointing=False),
+        train_dataset=load_data([str(path)])[0],
+        processing_class=tokenizer,
+    )
+    example = trainer.train_dataset[0]
+    assert example["labels"][-1] == example["input_ids"][-1] == tokenizer.eos_token_id
+    supervised = [label for label in example["labels"] if label != -100]
+    text = tokenizer.decode(supervised)
+    assert text.endswith("7.<|end|>") or text.endswith("7<|end|>")
+    assert ("What is" in text) is False
