@@ -47,25 +47,37 @@ class Run:
     notes: str = field(default="")
 
 
+PAPER = {"distill_into": "layers"}
+NORM = {"router_prior": 0.9}
+AFFINE = {"router_prior": 0.9, "adaptation": "affine"}
+LOW_RANK = {"router_prior": 0.9, "adaptation": "low_rank"}
+
 RUNS = {
     "lora": Run(),
-    "uniform": Run(mode={}),
-    "uniform_l0.1": Run(mode={"distill_weight": 0.1}),
-    "uniform_l0": Run(mode={"distill_weight": 0.0}),
-    "prior0.5": Run(mode={"router_prior": 0.5}),
-    "prior0.8": Run(mode={"router_prior": 0.8}),
-    "prior0.8_l0.1": Run(mode={"router_prior": 0.8, "distill_weight": 0.1}),
-    "prior0.5_fast": Run(mode={"router_prior": 0.5}, router_lr=1e-2, norm_lr=1e-2),
-    "prior0.8_norm1e-2": Run(mode={"router_prior": 0.8}, norm_lr=1e-2),
-    "prior0.8_rlr1e-2": Run(mode={"router_prior": 0.8}, router_lr=1e-2),
-    "prior0.8_balance": Run(mode={"router_prior": 0.8, "balance_weight": 0.01}, router_lr=1e-2),
-    "warmup20": Run(mode={"router_prior": 0.8, "router_warmup_steps": 20}, router_lr=1e-2),
-    "low_rank": Run(mode={"router_prior": 0.8, "adaptation": "low_rank"}),
+    "paper": Run(mode=PAPER),
+    "paper_l0.1": Run(mode=PAPER | {"distill_weight": 0.1}),
+    "layers_p0.8": Run(mode=PAPER | {"router_prior": 0.8}),
+    "layers_p0.8_router1e-2": Run(mode=PAPER | {"router_prior": 0.8}, router_lr=1e-2),
+    "layers_p0.9_l0.1": Run(mode=PAPER | {"router_prior": 0.9, "distill_weight": 0.1}),
+    "uniform": Run(mode={}, norm_lr=1e-2),
+    "norm": Run(mode=NORM, norm_lr=1e-2),
+    "norm_lr1e-3": Run(mode=NORM, norm_lr=1e-3),
+    "norm_router1e-2": Run(mode=NORM, norm_lr=1e-2, router_lr=1e-2),
+    "norm_p0.5": Run(mode={"router_prior": 0.5}, norm_lr=1e-2),
+    "norm_balance": Run(mode=NORM | {"balance_weight": 0.01}, norm_lr=1e-2, router_lr=1e-2),
+    "norm_warmup": Run(mode=NORM | {"router_warmup_steps": 20}, norm_lr=1e-2, router_lr=1e-2),
+    "norm_l0": Run(mode=NORM | {"distill_weight": 0.0}, norm_lr=1e-2),
+    "k1_norms_only": Run(mode={"k": 2, "router_prior": 0.999, "distill_weight": 0.0}, norm_lr=1e-2),
+    "affine": Run(mode=AFFINE),
+    "low_rank": Run(mode=LOW_RANK, norm_lr=3e-3),
+    "low_rank_lr1e-2": Run(mode=LOW_RANK, norm_lr=1e-2),
     "late": Run(late_only=True),
-    "late_prior0.8": Run(mode={"router_prior": 0.8}, late_only=True),
-    "late_uniform": Run(mode={}, late_only=True),
-    "mode": Run(mode={}, lora=False, norm_lr=1e-2, router_lr=1e-2),
-    "mode_prior0.8": Run(mode={"router_prior": 0.8}, lora=False, norm_lr=1e-2, router_lr=1e-2),
+    "late_norm": Run(mode=NORM, late_only=True, norm_lr=1e-2),
+    "late_affine": Run(mode=AFFINE, late_only=True),
+    "late_low_rank": Run(mode=LOW_RANK, late_only=True, norm_lr=3e-3),
+    "mode": Run(mode=NORM, lora=False, norm_lr=1e-2),
+    "mode_affine": Run(mode=AFFINE, lora=False),
+    "mode_low_rank": Run(mode=LOW_RANK, lora=False, norm_lr=3e-3),
 }
 
 

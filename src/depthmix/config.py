@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from depthmix.errors import ConfigError
 
 Divergence = Literal["kl", "reverse_kl", "js"]
+DistillInto = Literal["adaptation", "layers"]
 Adaptation = Literal["norm", "low_rank", "affine", "none"]
 RouterInput = Literal["last", "first", "all"]
 
@@ -42,6 +43,13 @@ class MoDEConfig:
         default="kl",
         metadata=_help(
             "Divergence to distil with: kl(last || late), reverse_kl(late || last) or js."
+        ),
+    )
+    distill_into: DistillInto = field(
+        default="adaptation",
+        metadata=_help(
+            "What the distillation trains: only the norms and maps of the late layers (adaptation) "
+            "or the layers beneath as well (layers), as in the paper."
         ),
     )
     distill_fraction: float = field(
@@ -162,6 +170,7 @@ class MoDEConfig:
 
 _CHOICES = {
     "divergence": get_args(Divergence),
+    "distill_into": get_args(DistillInto),
     "adaptation": get_args(Adaptation),
     "router_input": get_args(RouterInput),
 }

@@ -35,6 +35,22 @@ class LogitTransform:
         return d_logits if self.scale == 1.0 else d_logits.mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class LogitGradients:
+    """Gradients of one chunk's loss with respect to the head's output.
+
+    Attributes:
+        mixed: (c, v) of the ensemble's; its part of layer j is gate_j times it.
+        late: (c, k - 1, v) of the late layers below the last, from the distillation, or None.
+    """
+
+    mixed: Float[Tensor, "c v"]
+    late: Float[Tensor, "c l v"] | None
+
+
+StateGradients = tuple[Float[Tensor, "c k d"], Float[Tensor, "c l d"] | None]
+
+
 class HeadProjection(Protocol):
     """One way to run the head on a chunk of states and to take its gradients.
 
@@ -46,18 +62,22 @@ class HeadProjection(Protocol):
     dtype: torch.dtype
     vocabulary: int
 
-    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    def project(self, states: Float[Tensor, "c k d"]) -> Float[Tensor, "c k v"]:
         """Return the head's output, before the logit transform."""
         ...
 
     def pull_back(
         self,
-        states: Float[Tensor, "n d"],
-        output: Float[Tensor, "n v"],
-        d_output: Float[Tensor, "n v"],
+        states: Float[Tensor, "c k d"],
+        gate: Float[Tensor, "c k"],
+        output: Float[Tensor, "c k v"],
+        gradients: LogitGradients,
         accumulators: Sequence[Tensor | None],
-    ) -> Float[Tensor, "n d"]:
-        """Return the gradient of the states and add those of `tensors` to `accumulators`."""
+    ) -> StateGradients:
+        """Return the gradients of the states, from the ensemble and from the distillation apart.
+
+        Adds those of `tensors` to `accumulators`.
+        """
         ...
 
 
@@ -71,28 +91,42 @@ class LinearHead:
         self._weight = weight.detach()
         self._bias = None if bias is None else bias.detach()
 
-    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    def project(self, states: Float[Tensor, "c k d"]) -> Float[Tensor, "c k v"]:
         """Return states @ weight.T + bias."""
         return F.linear(states, self._weight, self._bias)
 
     def pull_back(
         self,
+        states: Float[Tensor, "c k d"],
+        gate: Float[Tensor, "c k"],
+        output: Float[Tensor, "c k v"],
+        gradients: LogitGradients,
+        accumulators: Sequence[Tensor | None],
+    ) -> StateGradients:
+        """Take the gradients in closed form: one product for the ensemble, one a late layer."""
+        d_mixed = gradients.mixed.to(self.dtype)
+        mixed_states = (gate.unsqueeze(-1) * states).sum(dim=1).to(self.dtype)
+        self._accumulate(mixed_states, d_mixed, accumulators)
+        d_states = gate.unsqueeze(-1) * (d_mixed @ self._weight).unsqueeze(1)
+        if gradients.late is None:
+            return d_states, None
+        d_late = gradients.late.to(self.dtype)
+        self._accumulate(states[:, :-1].flatten(0, 1), d_late.flatten(0, 1), accumulators)
+        return d_states, d_late @ self._weight
+
+    def _accumulate(
+        self,
         states: Float[Tensor, "n d"],
-        output: Float[Tensor, "n v"],
         d_output: Float[Tensor, "n v"],
         accumulators: Sequence[Tensor | None],
-    ) -> Float[Tensor, "n d"]:
-        """Take the gradients in closed form."""
-        d_output = d_output.to(self.dtype)
+    ) -> None:
         d_weight, d_bias = accumulators[0], accumulators[1] if len(accumulators) > 1 else None
-        if d_weight is not None:
-            if d_weight.dtype == self.dtype:
-                d_weight.addmm_(d_output.T, states)
-            else:
-                d_weight.add_(d_output.T @ states)
+        if d_weight is not None and d_weight.dtype == self.dtype:
+            d_weight.addmm_(d_output.T, states)
+        elif d_weight is not None:
+            d_weight.add_(d_output.T @ states)
         if d_bias is not None:
             d_bias.add_(d_output.sum(dim=0))
-        return d_output @ self._weight
 
 
 class ModuleHead:
@@ -111,7 +145,7 @@ class ModuleHead:
         self._autocast_dtype = autocast_dtype
         self.tensors: Sequence[Tensor] = [p for p in module.parameters() if p.requires_grad]
 
-    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    def project(self, states: Float[Tensor, "c k d"]) -> Float[Tensor, "c k v"]:
         """Call the module; the graph of this one chunk is kept for `pull_back`."""
         dtype = self._autocast_dtype
         autocast = torch.autocast(states.device.type, dtype=dtype, enabled=dtype is not None)
@@ -120,14 +154,33 @@ class ModuleHead:
 
     def pull_back(
         self,
-        states: Float[Tensor, "n d"],
-        output: Float[Tensor, "n v"],
-        d_output: Float[Tensor, "n v"],
+        states: Float[Tensor, "c k d"],
+        gate: Float[Tensor, "c k"],
+        output: Float[Tensor, "c k v"],
+        gradients: LogitGradients,
         accumulators: Sequence[Tensor | None],
-    ) -> Float[Tensor, "n d"]:
+    ) -> StateGradients:
         """Take the gradients by autograd, through the chunk's own graph."""
+        d_output = gate.unsqueeze(-1) * gradients.mixed.unsqueeze(1)
+        d_states = self._autograd(states, output, d_output, accumulators)
+        if gradients.late is None:
+            return d_states, None
+        d_output = F.pad(gradients.late, (0, 0, 0, 1))  # nothing for the last layer
+        return d_states, self._autograd(states, output, d_output, accumulators)[:, :-1]
+
+    def _autograd(
+        self,
+        states: Float[Tensor, "c k d"],
+        output: Float[Tensor, "c k v"],
+        d_output: Float[Tensor, "c k v"],
+        accumulators: Sequence[Tensor | None],
+    ) -> Float[Tensor, "c k d"]:
         d_states, *d_tensors = torch.autograd.grad(
-            output, [states, *self.tensors], d_output.to(output.dtype), allow_unused=True
+            output,
+            [states, *self.tensors],
+            d_output.to(output.dtype),
+            allow_unused=True,
+            retain_graph=True,
         )
         for accumulator, gradient in zip(accumulators, d_tensors, strict=True):
             if accumulator is not None and gradient is not None:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from depthmix.config import Divergence
 from depthmix.divergences import DIVERGENCES
-from depthmix.head import HeadProjection, LogitTransform
+from depthmix.head import HeadProjection, LogitGradients, LogitTransform
 
 # Bytes of one chunk's logits. Small enough to be nothing beside a model, large enough that the
 # matrix products run at full speed; measured with `benchmarks/loss.py`.
@@ -55,6 +55,7 @@ def ensemble_loss(
     transform: LogitTransform,
     distill_weight: float,
     divergence: Divergence = "kl",
+    late_states: Float[Tensor, "n l d"] | None = None,
 ) -> EnsembleLoss:
     """Return the loss of MoDE (arXiv 2410.13077, section 3) and its parts.
 
@@ -75,9 +76,21 @@ def ensemble_loss(
         transform: what the model does to the head's output.
         distill_weight: lambda; 0 leaves the distillation out, and so does k = 1.
         divergence: how far a layer is from the last one.
+        late_states: if given, the values of `states[:, :-1]` again, made by another graph, which
+            the distillation's gradient takes instead.
     """
+    if late_states is None:
+        late_states = states[:, :-1]
     total, cross_entropy, distances, entropy, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
-        states, gate, labels, head, transform, distill_weight, divergence, *head.tensors
+        states,
+        late_states,
+        gate,
+        labels,
+        head,
+        transform,
+        distill_weight,
+        divergence,
+        *head.tensors,
     )
     return EnsembleLoss(total, cross_entropy, distances, entropy, correct.bool())
 
@@ -89,6 +102,7 @@ class _EnsembleLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         states: Tensor,
+        late_states: Tensor,
         gate: Tensor,
         labels: Tensor,
         head: HeadProjection,
@@ -98,6 +112,7 @@ class _EnsembleLoss(torch.autograd.Function):
         *head_tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         d_states, d_gate = torch.empty_like(states), torch.empty_like(gate)
+        d_late_states = torch.zeros_like(late_states)
         d_head = [_accumulator(tensor) for tensor in head_tensors]
         # One buffer for all tokens: a small tensor that outlives its chunk would lie in the middle
         # of the memory that the chunk gives back, and the allocator could not use it again.
@@ -105,42 +120,39 @@ class _EnsembleLoss(torch.autograd.Function):
         # The chunk's arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
         with torch.autocast(states.device.type, enabled=False):
             for rows in _chunks(states, head):
-                shape = states[rows].shape[:2]
-                flat = states[rows].flatten(0, 1).to(head.dtype)
-                output = head.project(flat)
+                chunk = states[rows].to(head.dtype)
+                output = head.project(chunk)
                 raw = output.detach().to(torch.promote_types(output.dtype, torch.float32))
                 loss = _chunk_loss(
-                    raw.unflatten(0, shape),
-                    gate[rows],
-                    labels[rows],
-                    transform,
-                    distill_weight,
-                    divergence,
+                    raw, gate[rows], labels[rows], transform, distill_weight, divergence
                 )
                 values[:, rows] = loss.values
                 d_gate[rows] = loss.d_gate
-                d_flat = head.pull_back(flat, output, loss.d_raw.flatten(0, 1), d_head)
-                d_states[rows] = d_flat.unflatten(0, shape)
+                d_states[rows], d_late = head.pull_back(
+                    chunk, gate[rows], output, loss.gradients, d_head
+                )
+                if d_late is not None:
+                    d_late_states[rows] = d_late
         cross_entropy, distance, entropy, correct = values
         total = cross_entropy.sum() + distill_weight * distance.sum()
-        ctx.save_for_backward(d_states, d_gate, *d_head)
+        ctx.save_for_backward(d_states, d_late_states, d_gate, *d_head)
         ctx.mark_non_differentiable(cross_entropy, distance, entropy, correct)
         return total, cross_entropy, distance, entropy, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_states, d_gate, *d_head = (
+        d_states, d_late_states, d_gate, *d_head = (
             None if saved is None else (saved * d_total).to(saved.dtype)
             for saved in ctx.saved_tensors
         )
-        return (d_states, d_gate, None, None, None, None, None, *d_head)
+        return (d_states, d_late_states, d_gate, None, None, None, None, None, *d_head)
 
 
 @dataclass(frozen=True)
 class _ChunkLoss:
     values: Float[Tensor, "4 c"]  # cross-entropy, divergence, entropy, 1 where correct
-    d_raw: Float[Tensor, "c k v"]
+    gradients: LogitGradients
     d_gate: Float[Tensor, "c k"]
 
 
@@ -161,19 +173,17 @@ def _chunk_loss(
     d_logits = p.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(label_log_p))
     d_mixed = transform.pull_back(logits, d_logits)
     d_gate = torch.bmm(raw, d_mixed.unsqueeze(2)).squeeze(2)
-    d_raw = gate.unsqueeze(2) * d_mixed.unsqueeze(1)
 
-    late = raw.shape[1] - 1
-    distance = torch.zeros_like(entropy)
-    if distill_weight > 0 and late > 0:
+    distance, d_late = torch.zeros_like(entropy), None
+    layers = raw.shape[1] - 1
+    if distill_weight > 0 and layers > 0:
         layer_logits = transform(raw)
         log_q = layer_logits.log_softmax(dim=-1)
         distances, d_late = DIVERGENCES[divergence](log_q[:, -1:], log_q[:, :-1])
         distance = distances.mean(dim=1)
-        d_late = transform.pull_back(layer_logits[:, :-1], d_late)
-        d_raw[:, :-1].add_(d_late, alpha=distill_weight / late)
+        d_late = transform.pull_back(layer_logits[:, :-1], d_late).mul_(distill_weight / layers)
     values = torch.stack([-label_log_p.squeeze(1), distance, entropy, correct.to(entropy.dtype)])
-    return _ChunkLoss(values, d_raw, d_gate)
+    return _ChunkLoss(values, LogitGradients(d_mixed, d_late), d_gate)
 
 
 def _chunks(states: Float[Tensor, "n k d"], head: HeadProjection) -> Iterator[slice]:

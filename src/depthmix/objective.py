@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from depthmix.config import MoDEConfig
 from depthmix.head import HeadProjection, LogitTransform
 from depthmix.losses import EnsembleLoss, ensemble_loss
 from depthmix.mixture import DepthMixture, mix
@@ -63,7 +64,12 @@ def training_objective(
         gate = gate.detach() + 0.0 * gate
     if head_scale != 1.0:
         states = states * head_scale
-    loss = _loss(mixture, states.to(head.dtype), gate, labels, head, transform)
+    late_states = states[:, :-1]
+    if config.distill_into == "adaptation":
+        # The same values by a graph that ends at the model's own states.
+        late_states = mixture.weigh(normed.detach())[0][:, :-1] * head_scale
+    tokens = _Tokens(states.to(head.dtype), late_states.to(head.dtype), gate, labels)
+    loss = _loss(config, tokens, head, transform)
     balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
     total = loss.total + config.balance_weight * balance.sum()
     per_token = (
@@ -74,39 +80,64 @@ def training_objective(
     return Objective(total, per_token, loss, gate.detach(), balance.detach())
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What the loss takes of n tokens."""
+
+    states: Float[Tensor, "n k d"]
+    late_states: Float[Tensor, "n l d"]
+    gate: Float[Tensor, "n k"]
+    labels: Int[Tensor, " n"]
+
+    def __getitem__(self, rows: Int[Tensor, " m"]) -> _Tokens:
+        return _Tokens(
+            self.states[rows], self.late_states[rows], self.gate[rows], self.labels[rows]
+        )
+
+
 def _loss(
-    mixture: DepthMixture,
-    states: Float[Tensor, "n k d"],
-    gate: Float[Tensor, "n k"],
-    labels: Int[Tensor, " n"],
+    config: MoDEConfig, tokens: _Tokens, head: HeadProjection, transform: LogitTransform
+) -> EnsembleLoss:
+    """Distil on a random fraction of the tokens; the others need their mixture projected alone."""
+    count = len(tokens.labels)
+    if config.distill_weight == 0:
+        return _mixture_loss(tokens, head, transform)
+    if config.distill_fraction == 1.0:
+        return _layers_loss(config, tokens, config.distill_weight, head, transform)
+    order = torch.randperm(count, device=tokens.labels.device)
+    sampled = min(count, max(1, round(config.distill_fraction * count)))
+    scale = count / max(sampled, 1)
+    distilled = _layers_loss(
+        config, tokens[order[:sampled]], config.distill_weight * scale, head, transform
+    )
+    return _join(distilled, _mixture_loss(tokens[order[sampled:]], head, transform), order, scale)
+
+
+def _layers_loss(
+    config: MoDEConfig,
+    tokens: _Tokens,
+    weight: float,
     head: HeadProjection,
     transform: LogitTransform,
 ) -> EnsembleLoss:
-    """Project k states of the tokens that are distilled on, and the mixture of the others."""
-    config = mixture.config
-    fraction = config.distill_fraction if config.distill_weight > 0 else 0.0
-    if fraction == 1.0:
-        return ensemble_loss(
-            states, gate, labels, head, transform, config.distill_weight, config.divergence
-        )
-    order = torch.randperm(len(labels), device=labels.device)
-    count = min(len(labels), max(1, round(fraction * len(labels)))) if fraction else 0
-    distilled, others = order[:count], order[count:]
-    weight = config.distill_weight * len(labels) / count if count else 0.0
-    with_layers = ensemble_loss(
-        states[distilled],
-        gate[distilled],
-        labels[distilled],
+    """Cross-entropy and distillation: the head runs on all k states of a token."""
+    return ensemble_loss(
+        tokens.states,
+        tokens.gate,
+        tokens.labels,
         head,
         transform,
         weight,
         config.divergence,
+        tokens.late_states,
     )
-    mixed = mix(states[others], gate[others]).to(head.dtype).unsqueeze(1)
-    without = ensemble_loss(
-        mixed, torch.ones_like(gate[others, :1]), labels[others], head, transform, 0.0
-    )
-    return _join(with_layers, without, order, scale=len(labels) / count if count else 0.0)
+
+
+def _mixture_loss(tokens: _Tokens, head: HeadProjection, transform: LogitTransform) -> EnsembleLoss:
+    """Cross-entropy alone: the head runs once a token, on the mixture."""
+    mixed = mix(tokens.states, tokens.gate).to(head.dtype).unsqueeze(1)
+    whole = torch.ones_like(tokens.gate[:, :1])
+    return ensemble_loss(mixed, whole, tokens.labels, head, transform, distill_weight=0.0)
 
 
 def _join(

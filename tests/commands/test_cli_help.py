@@ -19,7 +19,7 @@ raise SystemExit(status)
 
 def run_without_torch(*argv):
     code = WITHOUT_TORCH.format(argv=list(argv))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -68,9 +68,8 @@ def test_version(capsys):
 
 def test_module_runs_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "depthmix", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "depthmix", "--help"], check=True, capture_output=True, text=True
     )
-    assert done.returncode == 0
     assert "commands:" in done.stdout
 
 

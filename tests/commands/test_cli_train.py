@@ -51,7 +51,8 @@ def test_trains_saves_and_says_how_to_go_on(train, tiny, tmp_path, capsys):
     assert train("--max_steps", "4", "--learning_rate", "1e-2") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"saved in {out}; loss ")
     assert not list(out.glob(".*"))
-    assert {"adapter_config.json", "tokenizer.json", "depthmix.yaml"} <= set(os.listdir(out))
+    for name in ("adapter_config.json", "tokenizer.json", "depthmix.yaml"):
+        assert (out / name).exists()
     stored = yaml.safe_load((out / "depthmix.yaml").read_text())
     assert (stored["k"], stored["max_steps"]) == (2, 4)
     assert stored["dataset_format"] == "prompt_completion"
@@ -121,7 +122,7 @@ def test_stopped_and_continued_equals_uninterrupted(train, tmp_path, monkeypatch
     stopped = tmp_path / "stopped"
     advice = f"go on with: depthmix train {stopped / 'depthmix.yaml'} --resume"
     assert f"stopped after step 2 of 6; {advice}" in said
-    assert os.listdir(stopped / "checkpoint-2")
+    assert (stopped / "checkpoint-2" / "optimizer.pt").exists()
     assert not (stopped / "adapter_config.json").exists()
 
     # A checkpoint that was cut off while being written is not taken.
@@ -209,6 +210,12 @@ def test_what_goes_wrong_is_one_line(train, capsys, flags, status, complaint):
 def test_rows_that_are_too_long_are_told(train, capsys):
     assert train("--max_steps", "1", "--max_length", "8") == 0
     assert "rows reach max_length (8) and may be cut" in capsys.readouterr().out
+
+
+def test_options_without_effect_are_told(train, capsys):
+    flags = ["--max_steps", "1", "--method", "vera", "--lora_r", "4", "--lora_dropout", "0"]
+    assert train(*flags, "--vera_r", "8") == 0
+    assert "note: method vera does not read lora_r\n" in capsys.readouterr().out
 
 
 def test_messages_need_a_chat_template(train, tiny, tmp_path, capsys):

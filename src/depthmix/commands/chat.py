@@ -26,7 +26,7 @@ examples:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = Parser("chat", "Talk to a tuned model.", _EXAMPLES)
+    parser = Parser("chat", "Talk to a tuned model.", _EXAMPLES, "ADAPTER [options]")
     add_model_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message to begin with")
     add_generation_options(parser)

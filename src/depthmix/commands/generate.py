@@ -42,7 +42,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("generate", "Complete prompts with a tuned model.", _EXAMPLES)
+    usage = "ADAPTER (--prompt TEXT | --prompts-file FILE) [options]"
+    parser = Parser("generate", "Complete prompts with a tuned model.", _EXAMPLES, usage)
     add_model_options(parser)
     group = parser.add_argument_group("prompts")
     one = group.add_mutually_exclusive_group(required=True)
@@ -51,7 +52,9 @@ def _parser() -> Parser:
     group.add_argument(
         "--format",
         choices=list(FORMATS),
-        help="put the prompt into the form of these rows (default: those of the training data)",
+        metavar="FORM",
+        help="put the prompt into the form of such rows (default: of those in the training data): "
+        + ", ".join(FORMATS),
     )
     group.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: 8)"

@@ -42,9 +42,10 @@ def run(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         _print_help()
         return 0 if argv else 2
-    target, given = argv[0], read_flags(argv[1:])
+    target = argv[0]
     if target.startswith("-"):
         raise ConfigError("the model or the adapter comes first: depthmix info MODEL [--key value]")
+    given = read_flags(argv[1:])
     as_json = given.pop("json", None) is not None
     report = _saved(target, given) if _is_saved(target) else _planned(target, given)
     if as_json:
@@ -165,6 +166,8 @@ def _part(name: str) -> str:
     path = name.split(".")
     if "depthmix" in path:
         return "MoDE router" if "router" in path else "MoDE norms"
+    if "prompt_encoder" in path:
+        return "prompt"
     end = next((i for i, p in enumerate(path) if p.startswith(_TUNER_PREFIXES)), len(path) - 1)
     kind = path[end].partition("_")[0] if end < len(path) - 1 else ""
     module = next(p for p in reversed(path[:end]) if not p.isdigit() and p != "default")

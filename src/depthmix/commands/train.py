@@ -41,7 +41,7 @@ def train(arguments: TrainArguments) -> int:
     tokenizer = _tokenizer(arguments, row_format)
     trainer = _trainer(arguments, tokenizer, rows)
     main_process = trainer.is_world_process_zero()
-    notes = _long_rows(arguments, trainer, len(rows))
+    notes = [*_without_effect(arguments), *_long_rows(arguments, trainer, len(rows))]
     if main_process:
         output.write_config(folder, arguments, row_format)
         print(*notes, sep="\n", end="\n" if notes else "")
@@ -190,6 +190,14 @@ def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
 
 
 # What the user is told
+
+
+def _without_effect(arguments: TrainArguments) -> list[str]:
+    from depthmix.train.methods import without_effect
+
+    names = without_effect(arguments.run, arguments.chosen)
+    method = arguments.run.method
+    return [f"note: method {method} does not read {', '.join(names)}"] if names else []
 
 
 def _long_rows(arguments: TrainArguments, trainer: SFTTrainer, rows: int) -> list[str]:

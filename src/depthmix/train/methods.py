@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from depthmix.config import MoDEConfig
@@ -40,6 +41,20 @@ def tune(
         raise ConfigError(f"method {run.method}: {error}") from error
 
 
+def without_effect(run: RunOptions, chosen: Iterable[str]) -> list[str]:
+    """Return the chosen options of LoRA that this method does not read."""
+    read = _READ_BY.get(run.method, ())
+    return [n for n in chosen if n.startswith(_LORA_OPTIONS) and not n.startswith(read)]
+
+
+_LORA_OPTIONS = ("lora_", "use_rslora", "use_dora")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "lora": _LORA_OPTIONS,
+    "dora": _LORA_OPTIONS,
+    "vera": ("lora_target_modules", "lora_dropout", "lora_modules_to_save"),
+}
+
+
 def peft_config(
     model: PreTrainedModel, run: RunOptions, mode: MoDEConfig, model_config: ModelConfig
 ) -> PeftConfig | None:
@@ -62,7 +77,7 @@ def _method_config(run: RunOptions, options: ModelConfig) -> PeftConfig:
         return PromptTuningConfig(**common, num_virtual_tokens=run.num_virtual_tokens)
     if run.method == "ia3":
         return IA3Config(**common)
-    common["target_modules"] = options.lora_target_modules or "all-linear"
+    common["target_modules"] = _target_modules(options)
     common["modules_to_save"] = options.lora_modules_to_save
     if run.method == "vera":
         return VeraConfig(**common, r=run.vera_r, vera_dropout=options.lora_dropout)
@@ -75,3 +90,9 @@ def _method_config(run: RunOptions, options: ModelConfig) -> PeftConfig:
         use_rslora=options.use_rslora,
         use_dora=options.use_dora or run.method == "dora",
     )
+
+
+def _target_modules(options: ModelConfig) -> list[str] | str:
+    """Return names of modules, or a pattern: TRL turns a single name into a pattern."""
+    targets = options.lora_target_modules or "all-linear"
+    return [targets] if isinstance(targets, str) and targets.isidentifier() else targets
