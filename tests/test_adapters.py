@@ -29,6 +29,9 @@ from depthmix.adapters import late_layers, mode_only_config
 from depthmix.errors import ConfigError, DepthmixError
 from models import tiny_model
 
+# PEFT's own LN tuning warns of every norm it tunes.
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+
 CONFIG = depthmix.MoDEConfig(k=3)
 IDS = torch.randint(4, 97, (2, 9), generator=torch.Generator().manual_seed(5))
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -162,8 +165,8 @@ def test_two_adapters_each_have_a_mode_of_their_own(base: LlamaForCausalLM, tmp_
     assert torch.equal(logits(model), second)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(depthmix.load(copy.deepcopy(base), tmp_path / "second")), second)
-    model.delete_adapter("second")
     model.set_adapter("default")
+    model.delete_adapter("second")
     assert torch.equal(logits(model), first)
 
 
@@ -180,7 +183,11 @@ def test_adapter_loaded_beside_another(base: LlamaForCausalLM, tmp_path: Path) -
 
 def test_late_layers_only(base: LlamaForCausalLM) -> None:
     model = attach(base, late_layers(lora(), base, k=3))
-    layers = {int(n.split("layers.")[1].split(".")[0]) for n, _ in model.named_parameters() if "lora_" in n}
+    layers = {
+        int(n.split("layers.")[1].split(".")[0])
+        for n, _ in model.named_parameters()
+        if "lora_" in n
+    }
     assert layers == {1, 2, 3}
     seen: list[bool] = []
     first = model.get_base_model().model.layers[0]

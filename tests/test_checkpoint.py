@@ -95,6 +95,7 @@ def test_loaded_adapter_is_frozen_unless_asked(
         assert any(p.requires_grad for p in model.parameters()) is trainable
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_plain_peft_warns(base_folder: Path, saved: tuple[Path, torch.Tensor]) -> None:
     base = LlamaForCausalLM.from_pretrained(base_folder)
     with pytest.warns(UserWarning, match="depthmix"):

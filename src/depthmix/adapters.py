@@ -57,11 +57,12 @@ class ActiveMixture:
         if "peft_config" in vars(self._causal_lm):
             return False  # not prompt learning: a tuner sets this on the model it changes
         if self._peft_model is None:
-            # Nothing leads from a module to its PeftModel; look for it once.
+            # Nothing leads from a module to its PeftModel; look for it once. By type, since
+            # `isinstance` would wake lazy objects of other libraries.
             self._peft_model = next(
                 o
                 for o in gc.get_objects()
-                if isinstance(o, PeftModel) and o.get_base_model() is self._causal_lm
+                if issubclass(type(o), PeftModel) and o.get_base_model() is self._causal_lm
             )
         return self._peft_model._adapters_disabled
 

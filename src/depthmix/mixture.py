@@ -45,6 +45,8 @@ class DepthMixture(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("spec", _encode(spec))
+        # PEFT takes over the `weight` of every module that it puts back when it merges.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
         if config.k > 1:
             self.norm = LayerAdaptation(config, hidden_size)
             self.router = Router(config, hidden_size)

@@ -195,6 +195,7 @@ def test_other_models_are_not_overwritten(train, tiny, tmp_path, capsys):
         (["--lora_target_modules", "nothing"], 2, "method lora: No modules were targeted"),
         (["--optim", "lomo"], 2, "optim: You need to install `lomo_optim`"),
         (["--assistant_only_loss"], 2, "You set `assistant_only_loss=True`"),
+        (["--report_to", "comet_ml"], 2, "CometCallback requires comet-ml"),
         (["--loss_type", "dft"], 1, "loss_type='dft'"),
         (["--max_length", "2"], 1, "no row is left"),
         (["--chat_template_path", "no/such"], 2, "chat_template_path: expected a .jinja file"),

@@ -7,15 +7,8 @@ import yaml
 
 from depthmix.commands.train_help import CURATED
 from depthmix.errors import ConfigError
-from depthmix.train.arguments import (
-    Option,
-    RunOptions,
-    all_options,
-    convert,
-    parse,
-    read_flags,
-    read_yaml,
-)
+from depthmix.train.arguments import RunOptions, all_options, parse
+from depthmix.train.options import Option, convert, read_flags, read_yaml
 
 REQUIRED = ["--model_name_or_path", "base", "--dataset", "a.jsonl", "--output_dir"]
 

@@ -14,14 +14,8 @@ from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
-from depthmix.train.arguments import (
-    Given,
-    RunOptions,
-    adapter_options,
-    options,
-    read_flags,
-    split_own,
-)
+from depthmix.train.arguments import RunOptions, adapter_options, split_own
+from depthmix.train.options import Given, options, read_flags
 
 if TYPE_CHECKING:
     from torch import nn

@@ -123,7 +123,7 @@ def _trainer(
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_optimizer(arguments, model),
         )
-    except ValueError as error:  # options that exclude each other
+    except (ValueError, RuntimeError, ImportError) as error:  # options at odds, missing packages
         raise ConfigError(str(error)) from error
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from depthmix.commands.parser import Parser
 from depthmix.config import MoDEConfig
-from depthmix.train.arguments import Option, RunOptions, all_options, options, type_in_words
+from depthmix.train.arguments import RunOptions, all_options
+from depthmix.train.options import Option, options, type_in_words
 
 _SUMMARY = """\
 Tune a causal language model with MoDE on a PEFT method, by TRL's SFTTrainer.
