@@ -7,8 +7,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check install --progress-bar off
-SOURCES := $(wildcard src examples benchmarks tests)
-TYPED := $(wildcard src examples benchmarks)
+SOURCES := src examples benchmarks experiments tests
+TYPED := src examples benchmarks experiments
 
 # Arguments for the demo and the tests: make demo ARGS="--model NAME", make test ARGS="-k loss".
 ARGS ?=

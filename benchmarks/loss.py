@@ -16,13 +16,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import median_seconds, peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from depthmix.head import LinearHead, LogitTransform
 from depthmix.losses import ensemble_loss
+from measure import median_seconds, peak_bytes
 
 
 def main() -> None:
@@ -55,7 +55,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--width", type=int, default=576)

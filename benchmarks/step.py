@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import median_seconds, peak_bytes
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import depthmix
+from measure import median_seconds, peak_bytes
 
 LENGTHS = Path(__file__).with_name("gsm8k_lengths.json")
 EMBEDDED = Path(__file__).parents[1] / "examples"
@@ -65,7 +65,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--k", type=int, default=3)
@@ -92,15 +94,15 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer_class = NaiveTrainer if name == "naive" else Trainer
         trainer = trainer_class(model, TrainingArguments(folder, report_to=[]))
-    trainer.create_optimizer()
+    optimizer = trainer.create_optimizer()
     model.train()
     batch = make_batch(args.batch, model.config.vocab_size, trainer.args.device)
     supervised = (batch["labels"][:, 1:] != IGNORED).sum()
 
     def step() -> None:
         trainer.training_step(model, dict(batch), supervised)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -126,9 +128,9 @@ class NaiveTrainer(Trainer):
         runtime = model.get_base_model().depthmix_runtime
         states: list[torch.Tensor] = []
         handles = [
-            model.get_base_model().get_submodule(path).register_forward_hook(
-                lambda _m, _a, output: states.append(output)
-            )
+            model.get_base_model()
+            .get_submodule(path)
+            .register_forward_hook(lambda _m, _a, output: states.append(output))
             for path in runtime.anatomy.layer_paths
         ]
         model.get_base_model().model(**{k: v for k, v in inputs.items() if k != "labels"})
@@ -142,8 +144,7 @@ class NaiveTrainer(Trainer):
         loss = F.cross_entropy(ensemble.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         teacher = logits[..., -1, :].detach().log_softmax(-1)
         mask = labels != IGNORED
-        for late in logits[..., :-1, :].unbind(-2):
-            late = late.log_softmax(-1)
+        for late in logits[..., :-1, :].log_softmax(-1).unbind(-2):
             kl = F.kl_div(late, teacher, log_target=True, reduction="none").sum(-1)
             loss = loss + (kl * mask).sum() / mask.sum() / (logits.shape[-2] - 1)
         return loss

@@ -219,6 +219,7 @@ def score_layers(model: Any, hidden: Any, mask: Any, labels: Any) -> dict[str, A
     handle.remove()
     normed = torch.stack([norm.forward(h[:, :-1][mask]) for h in [*late, kept[0]]], dim=-2)
     mixture = runtime.mixture()
+    assert mixture is not None
     states, gate = mixture.weigh(normed)
     logits = lm.get_output_embeddings()(states)
     flat = logits.flatten(0, 1)

@@ -14,7 +14,10 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 
-# Before anything imports depthmix: every annotated shape and type is checked at every call.
+# The configuration checks its values itself, with errors of its own, which are tested.
+import depthmix.config
+
+# Before anything imports the rest: every annotated shape and type is checked at every call.
 _hook = install_import_hook("depthmix", "beartype.beartype")
 try:
     import depthmix.head

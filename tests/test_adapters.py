@@ -182,7 +182,7 @@ def test_adapter_loaded_beside_another(base: LlamaForCausalLM, tmp_path: Path) -
 
 
 def test_late_layers_only(base: LlamaForCausalLM) -> None:
-    model = attach(base, late_layers(lora(), base, k=3))
+    model = depthmix.attach(copy.deepcopy(base), CONFIG, lora(), late_layers_only=True)
     layers = {
         int(n.split("layers.")[1].split(".")[0])
         for n, _ in model.named_parameters()
@@ -196,6 +196,8 @@ def test_late_layers_only(base: LlamaForCausalLM) -> None:
     assert seen == [False], "the graph reaches below the late layers"
     with pytest.raises(ConfigError, match="cannot be restricted"):
         late_layers(METHODS["prompt"](), base, k=3)
+    with pytest.raises(ConfigError, match="needs a peft_config"):
+        depthmix.attach(copy.deepcopy(base), CONFIG, late_layers_only=True)
 
 
 def test_method_that_saves_nothing_else_is_refused(base: LlamaForCausalLM) -> None:

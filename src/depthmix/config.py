@@ -81,9 +81,9 @@ class MoDEConfig:
         ),
     )
     router_prior: float | None = field(
-        default=None,
+        default=0.9,
         metadata=_help(
-            "Weight of the last layer before training. Default: uniform, as in the paper."
+            "Weight of the last layer before training; null for uniform weights, as in the paper."
         ),
     )
     router_warmup_steps: int = field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class LogitGradients:
 StateGradients = tuple[Float[Tensor, "c k d"], Float[Tensor, "c l d"] | None]
 
 
+@runtime_checkable
 class HeadProjection(Protocol):
     """One way to run the head on a chunk of states and to take its gradients.
 

@@ -14,12 +14,13 @@ from depthmix.adapters import (
     causal_lm_of,
     describe_in,
     description,
+    late_layers,
     with_mode,
     without_mode,
 )
 from depthmix.config import MoDEConfig
 from depthmix.discovery import Anatomy, discover
-from depthmix.errors import DepthmixError
+from depthmix.errors import ConfigError, DepthmixError
 from depthmix.fingerprint import fingerprint
 from depthmix.mixture import DepthMixture
 from depthmix.runtime import RUNTIME_NAME, Runtime, runtime_of
@@ -27,7 +28,10 @@ from depthmix.train.callback import watch_trainers
 
 
 def attach(
-    model: nn.Module, config: MoDEConfig | None = None, peft_config: PeftConfig | None = None
+    model: nn.Module,
+    config: MoDEConfig | None = None,
+    peft_config: PeftConfig | None = None,
+    late_layers_only: bool = False,
 ) -> Any:
     """Make `model` predict with an ensemble of its late layers, in place.
 
@@ -40,6 +44,8 @@ def attach(
         config: the configuration; the default one if None.
         peft_config: a tuning method to wrap the model in as well. To have MoDE alone, saved as a
             small adapter, pass `depthmix.adapters.mode_only_config()`.
+        late_layers_only: put the tuning method on the k late layers only. No gradient reaches
+            below them, so that no activations are kept there and no backward pass runs.
 
     Returns:
         `model`, or the PeftModel around it if `peft_config` is given.
@@ -51,20 +57,19 @@ def attach(
     """
     config = config or MoDEConfig()
     causal_lm = causal_lm_of(model)
-    if RUNTIME_NAME in vars(causal_lm):
-        raise DepthmixError("MoDE is attached to this model already; detach it first")
+    _refuse(model, peft_config, late_layers_only)
     if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise DepthmixError("the model is a PeftModel already: leave peft_config out")
         with_mode(peft_config)
+        if late_layers_only:
+            late_layers(peft_config, causal_lm, config.k)
     anatomy = discover(causal_lm, config)
     _install(causal_lm, config, anatomy)
     watch_trainers()
     if peft_config is not None:
         model = get_peft_model(causal_lm, peft_config)
-        describe_in(peft_config, description(config))
     elif isinstance(model, PeftModel):
         carry(model)
+    if isinstance(model, PeftModel):
         for carried in model.peft_config.values():
             describe_in(carried, description(config))
     return model
@@ -85,6 +90,16 @@ def detach(model: nn.Module) -> nn.Module:
         for config in model.peft_config.values():
             without_mode(config)
     return model
+
+
+def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: bool) -> None:
+    """Raise for arguments of `attach` that do not go together."""
+    if RUNTIME_NAME in vars(causal_lm_of(model)):
+        raise DepthmixError("MoDE is attached to this model already; detach it first")
+    if peft_config is not None and isinstance(model, PeftModel):
+        raise DepthmixError("the model is a PeftModel already: leave peft_config out")
+    if peft_config is None and late_layers_only:
+        raise ConfigError("late_layers_only needs a peft_config to restrict")
 
 
 def _install(causal_lm: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> None:

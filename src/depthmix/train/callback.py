@@ -9,10 +9,14 @@ import transformers.trainer
 from accelerate.utils import reduce
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from depthmix.errors import DepthmixError, TrainingError
 from depthmix.runtime import Runtime, runtime_of
 from depthmix.train.card import write_card
+from depthmix.train.groups import shares_rate
+
+logger = logging.get_logger(__name__)
 
 
 class RoutingCallback(TrainerCallback):
@@ -31,6 +35,11 @@ class RoutingCallback(TrainerCallback):
             return
         kinds = {cls.__name__ for cls in type(args).__mro__}
         runtime.trainer = "sft" if "SFTConfig" in kinds else "other"
+        if shares_rate(kwargs["model"], kwargs["optimizer"].param_groups):
+            logger.warning(
+                "MoDE's norms and router learn at the rate of the tuning method, at which they "
+                "barely move; depthmix.param_groups gives them rates of their own"
+            )
         if args.label_smoothing_factor > 0:
             raise TrainingError("label_smoothing_factor: the loss of MoDE has no label smoothing")
         if runtime.trainer == "sft" and args.loss_type != "nll":  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from depthmix.adapters import MODULE_NAME
 
 # Chosen by experiment, see docs/experiments.md.
 ROUTER_LR = 1e-3
-NORM_LR = 1e-3
+NORM_LR = 1e-2
 
 
 def param_groups(
@@ -47,6 +47,13 @@ def param_groups(
         {"params": parameters, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in members.items()
     ]
+
+
+def shares_rate(model: nn.Module, groups: list[dict[str, Any]]) -> bool:
+    """Tell whether some group holds parameters of MoDE beside those of the tuning method."""
+    own = {id(p) for name, p in model.named_parameters() if _part(name)}
+    mixed = [{id(p) in own for p in group["params"]} for group in groups]
+    return any(len(kinds) == 2 for kinds in mixed)
 
 
 def _part(name: str) -> str | None:
