@@ -1,7 +1,6 @@
 """Set-up of all tests: offline, one thread, shapes checked at run time, a fixed seed."""
 
 import os
-from typing import runtime_checkable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -12,23 +11,13 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+# Before the hook: the configuration checks its values itself, with errors that are tested.
+import depthmix.config  # noqa: F401
+
+# Before all other imports of depthmix: shapes and types are checked at every call.
+install_import_hook("depthmix", "beartype.beartype")
+
 torch.set_num_threads(1)
-
-# The configuration checks its values itself, with errors of its own, which are tested.
-import depthmix.config
-
-# Before anything imports the rest: every annotated shape and type is checked at every call.
-_hook = install_import_hook("depthmix", "beartype.beartype")
-try:
-    import depthmix.head
-except Exception:
-    # Until HeadProjection is a runtime_checkable protocol, the head alone goes unchecked.
-    _hook.uninstall()
-    import depthmix.head
-
-    runtime_checkable(depthmix.head.HeadProjection)
-    install_import_hook("depthmix", "beartype.beartype")
-
 settings.register_profile("depthmix", deadline=None, derandomize=True, database=None)
 settings.load_profile("depthmix")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+
+import depthmix
+from depthmix.mixture import DepthMixture
 
 VOCABULARY = 97
 HIDDEN = 32
@@ -108,6 +112,28 @@ def randomise(model: nn.Module) -> nn.Module:
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def attached(base: PreTrainedModel, perturbed: bool = True, **config: Any) -> PreTrainedModel:
+    """Return a copy of `base` with MoDE, whose parameters are random unless `perturbed` is off."""
+    model = copy.deepcopy(base)
+    depthmix.attach(model, depthmix.MoDEConfig(**({"router_prior": None} | config)))
+    if perturbed and model.depthmix.config.k > 1:
+        perturb(model.depthmix)
+    return model
+
+
+def perturb(mixture: DepthMixture) -> None:
+    """Set MoDE's parameters as if it were trained: uneven gates, scales away from zero."""
+    with torch.no_grad():
+        for name, parameter in mixture.named_parameters():
+            parameter.normal_(std=2.0 if name == "router.weight" else 0.3)
+
+
+def choose_last_layer(mixture: DepthMixture) -> None:
+    """Make the gate one-hot on the last layer."""
+    with torch.no_grad():
+        mixture.router.bias[-1] = 1e4
 
 
 def token_ids(batch: int = 2, length: int = 9) -> Tensor:

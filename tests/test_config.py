@@ -43,11 +43,9 @@ def test_json_round_trip(config):
     assert json.loads(config.to_json()).keys() == FIELDS.keys()
 
 
-def test_defaults_are_the_settings_of_the_paper():
-    config = MoDEConfig()
-    assert (config.k, config.divergence, config.adaptation) == (3, "kl", "norm")
-    assert (config.router_top_k, config.router_prior, config.balance_weight) == (None, None, 0.0)
-    assert MoDEConfig.from_dict({}) == MoDEConfig.from_json("{}") == config
+def test_fields_left_out_have_their_defaults():
+    assert MoDEConfig.from_dict({}) == MoDEConfig.from_json("{}") == MoDEConfig()
+    assert MoDEConfig.from_dict({"k": 5}) == MoDEConfig(k=5) != MoDEConfig()
 
 
 def test_integers_stand_for_numbers():

@@ -61,7 +61,9 @@ def test_zero_for_equals_and_positive_otherwise(name, dtype):
 
 def test_reverse_kl_is_kl_with_the_places_changed():
     teacher, students = log_probabilities(s=1)
-    assert_close(DIVERGENCES["reverse_kl"](teacher, students)[0], DIVERGENCES["kl"](students, teacher)[0])
+    assert_close(
+        DIVERGENCES["reverse_kl"](teacher, students)[0], DIVERGENCES["kl"](students, teacher)[0]
+    )
 
 
 def test_js_is_symmetric_and_at_most_log_2():
