@@ -47,7 +47,7 @@ class Run:
     notes: str = field(default="")
 
 
-PAPER = {"distill_into": "layers"}
+PAPER = {"distill_into": "layers", "router_prior": None}
 NORM = {"router_prior": 0.9}
 AFFINE = {"router_prior": 0.9, "adaptation": "affine"}
 LOW_RANK = {"router_prior": 0.9, "adaptation": "low_rank"}
@@ -59,7 +59,7 @@ RUNS = {
     "layers_p0.8": Run(mode=PAPER | {"router_prior": 0.8}),
     "layers_p0.8_router1e-2": Run(mode=PAPER | {"router_prior": 0.8}, router_lr=1e-2),
     "layers_p0.9_l0.1": Run(mode=PAPER | {"router_prior": 0.9, "distill_weight": 0.1}),
-    "uniform": Run(mode={}, norm_lr=1e-2),
+    "uniform": Run(mode={"router_prior": None}, norm_lr=1e-2),
     "norm": Run(mode=NORM, norm_lr=1e-2),
     "norm_lr1e-3": Run(mode=NORM, norm_lr=1e-3),
     "norm_router1e-2": Run(mode=NORM, norm_lr=1e-2, router_lr=1e-2),
@@ -67,10 +67,14 @@ RUNS = {
     "norm_balance": Run(mode=NORM | {"balance_weight": 0.01}, norm_lr=1e-2, router_lr=1e-2),
     "norm_warmup": Run(mode=NORM | {"router_warmup_steps": 20}, norm_lr=1e-2, router_lr=1e-2),
     "norm_l0": Run(mode=NORM | {"distill_weight": 0.0}, norm_lr=1e-2),
-    "k1_norms_only": Run(mode={"k": 2, "router_prior": 0.999, "distill_weight": 0.0}, norm_lr=1e-2),
+    "last_norm_only": Run(mode={"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=1e-2),
     "affine": Run(mode=AFFINE),
     "low_rank": Run(mode=LOW_RANK, norm_lr=3e-3),
     "low_rank_lr1e-2": Run(mode=LOW_RANK, norm_lr=1e-2),
+    "low_rank_f0.25": Run(mode=LOW_RANK | {"distill_fraction": 0.25}, norm_lr=3e-3),
+    "low_rank_l0": Run(mode=LOW_RANK | {"distill_weight": 0.0}, norm_lr=3e-3),
+    "low_rank_p0.5": Run(mode=LOW_RANK | {"router_prior": 0.5}, norm_lr=3e-3),
+    "norm_f0.25": Run(mode=NORM | {"distill_fraction": 0.25}, norm_lr=1e-2),
     "late": Run(late_only=True),
     "late_norm": Run(mode=NORM, late_only=True, norm_lr=1e-2),
     "late_affine": Run(mode=AFFINE, late_only=True),
@@ -170,14 +174,15 @@ def run(
 
 def build(setting: Run, model: Any) -> Any:
     """Attach what the setting asks for."""
+    config = None if setting.mode is None else depthmix.MoDEConfig(**setting.mode)
     if not setting.lora:
-        return depthmix.attach(model, depthmix.MoDEConfig(**setting.mode), mode_only_config())
+        return depthmix.attach(model, config, mode_only_config())
     peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     if setting.late_only:
         late_layers(peft_config, model, 3)
-    if setting.mode is None:
+    if config is None:
         return get_peft_model(model, peft_config)
-    return depthmix.attach(model, depthmix.MoDEConfig(**setting.mode), peft_config)
+    return depthmix.attach(model, config, peft_config)
 
 
 @torch.no_grad()

@@ -84,6 +84,7 @@ def test_loss_and_gradients_equal_the_reference(monkeypatch, divergence, transfo
     divergence=st.sampled_from(DIVERGENCES),
 )
 def test_every_shape_equals_the_reference(n, k, d, v, bias, tokens, transform, weight, divergence):
+    torch.manual_seed(0)
     problem = Problem(n, k, d, v, bias=bias)
     with pytest.MonkeyPatch.context() as monkeypatch:
         chunks_of(monkeypatch, tokens, k, v)
