@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def median_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median time of each call, all of them run in turn so that they share the noise."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():

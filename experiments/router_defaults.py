@@ -67,7 +67,9 @@ RUNS = {
     "norm_balance": Run(mode=NORM | {"balance_weight": 0.01}, norm_lr=1e-2, router_lr=1e-2),
     "norm_warmup": Run(mode=NORM | {"router_warmup_steps": 20}, norm_lr=1e-2, router_lr=1e-2),
     "norm_l0": Run(mode=NORM | {"distill_weight": 0.0}, norm_lr=1e-2),
-    "last_norm_only": Run(mode={"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=1e-2),
+    "last_norm_only": Run(
+        mode={"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=1e-2
+    ),
     "affine": Run(mode=AFFINE),
     "low_rank": Run(mode=LOW_RANK, norm_lr=3e-3),
     "low_rank_lr1e-2": Run(mode=LOW_RANK, norm_lr=1e-2),

@@ -452,10 +452,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(model_type, reentrant):
     twin = copy.deepcopy(model)
     twin.gradient_checkpointing_enable({"use_reentrant": reentrant})
     inputs = {"input_ids": token_ids(), "labels": labels_of(token_ids()), "use_cache": False}
+    calls = []
+    inner = next(twin.get_submodule(ANATOMIES[model_type].layers)[-1].children())
+    inner.register_forward_hook(lambda *_: calls.append(1))
     plain, checkpointed = model(**inputs).loss, twin(**inputs).loss
     assert_close(plain, checkpointed, rtol=1e-6, atol=0)
     plain.backward()
     checkpointed.backward()
+    assert len(calls) == 2, "nothing was computed again"
     for name, parameter in model.named_parameters():
         assert close(twin.get_parameter(name).grad, parameter.grad), name
 
