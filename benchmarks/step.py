@@ -11,6 +11,7 @@ medians of steps run in turn; the memory of each variant is measured in a proces
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from measure import median_seconds, peak_bytes
 LENGTHS = Path(__file__).with_name("gsm8k_lengths.json")
 EMBEDDED = Path(__file__).parents[1] / "examples"
 IGNORED = -100
-VARIANTS = ("lora", "lora+mode", "lora+mode, 25 % distilled", "naive")
+VARIANTS = ("lora", "lora+mode", "lora+mode, all distilled", "naive")
 
 
 def main() -> None:
@@ -86,8 +87,9 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], Any]:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(args.model)
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    fraction = 0.25 if "25 %" in name else 1.0
-    config = depthmix.MoDEConfig(k=args.k, distill_fraction=fraction)
+    config = depthmix.MoDEConfig(k=args.k)
+    if name == "lora+mode, all distilled":
+        config = dataclasses.replace(config, distill_fraction=1.0)
     model = get_peft_model(model, lora) if name == "lora" else depthmix.attach(model, config, lora)
     with tempfile.TemporaryDirectory() as folder:
         trainer_class = NaiveTrainer if name == "naive" else Trainer

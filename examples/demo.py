@@ -24,12 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+import depthmix
 from demo_plot import plot_routing
 from demo_task import TASKS, make_rows, write_rows
 
 Row = dict[str, Any]
 
 HERE = Path(__file__).resolve().parent
+PACKAGES = ("torch", "transformers", "peft", "trl", "reasoning-gym")
+TITLES = {"base": "base", "lora": "LoRA", "mode": "LoRA + MoDE"}
 console = Console()
 
 
@@ -51,9 +54,6 @@ def main() -> None:
         results[name] = {**score(name, options), **tuning}
     step("Result")
     report(results, options)
-
-
-TITLES = {"base": "base", "lora": "LoRA", "mode": "LoRA + MoDE"}
 
 
 def embedded_folder() -> str:
@@ -143,16 +143,17 @@ def report(results: dict[str, Row], options: argparse.Namespace) -> None:
         "command": " ".join(["python", "examples/demo.py", *sys.argv[1:]]),
         "options": {key: str(value) for key, value in vars(options).items()},
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"depthmix": depthmix.__version__}
+        | {
+            name: version(name)
+            for name in ("torch", "transformers", "peft", "trl", "reasoning-gym")
+        },
     }
     written = json.dumps({"results": figures, "made_by": made_by}, indent=1)
     (options.output / "results.json").write_text(written, "utf-8")
     folder = options.output
     console.print(f"Figures: {folder}/results.json; routing: {folder}/routing.png")
     console.print(f'Try it: depthmix generate {folder}/mode --prompt "..."', markup=False)
-
-
-PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
 
 def table(results: dict[str, Row]) -> Table:
@@ -204,7 +205,7 @@ def parse() -> argparse.Namespace:
     add("--test-examples", type=int, default=200, help="questions to score on")
     add("--epochs", type=float, default=1.0, help="passes over the training questions")
     add("--batch-size", type=int, default=8, help="training questions a step")
-    add("--learning-rate", type=float, default=1e-3, help="of LoRA; MoDE's parts have their own")
+    add("--learning-rate", type=float, default=5e-4, help="of LoRA; MoDE's parts have their own")
     add("--k", type=int, default=3, help="late layers in the ensemble")
     add("--seed", type=int, default=1, help="of data and training")
     add("--with-lora", action="store_true", help="also tune LoRA alone, for comparison")

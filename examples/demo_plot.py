@@ -41,8 +41,12 @@ def _plot_reply(axes: Axes, example: Row, colours: list[Any]) -> None:
         axes.bar(places, weights, bottom=bottom, color=colour, width=0.94)
         bottom = [b + w for b, w in zip(bottom, weights, strict=True)]
     question = example["prompt"].split("\nAnswer:")[0].replace("\n", " ")
-    # A dollar sign would begin a formula.
-    axes.set_title(question[-90:].replace("$", r"\$"), fontsize=8, loc="left")
-    labels = [repr(token)[1:-1].replace("$", r"\$") for token in example["tokens"]]
+    axes.set_title(_visible(question[-90:], blank=" "), fontsize=8, loc="left")
+    labels = [_visible(token) for token in example["tokens"]]
     axes.set_xticks(places, labels, fontsize=8)
-    axes.set(xlim=(-0.6, max(len(places), 12) - 0.4), ylim=(0, 1), yticks=[0, 1])
+    axes.set(xlim=(-0.6, max(len(places), 8) - 0.4), ylim=(0, 1), yticks=[0, 1])
+
+
+def _visible(text: str, blank: str = "\N{OPEN BOX}") -> str:
+    """Show blanks and line breaks; a dollar sign would begin a formula."""
+    return repr(text)[1:-1].replace(" ", blank).replace("$", r"\$")

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -171,6 +172,8 @@ def main() -> None:
     """Score and write the result."""
     options = parse()
     logging.disable_progress_bar()
+    # PEFT asks for a property of transformers by its old name, at every model.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     scorer = load_scorer(options.model, options.adapter, not options.no_mode, options.batch_size)
     result = scorer.score(TASKS[options.task], read_rows(options.data))
     options.output.write_text(json.dumps(result, indent=1), "utf-8")

@@ -47,10 +47,16 @@ class Run:
     notes: str = field(default="")
 
 
-PAPER = {"distill_into": "layers", "router_prior": None}
-NORM = {"router_prior": 0.9}
-AFFINE = {"router_prior": 0.9, "adaptation": "affine"}
-LOW_RANK = {"router_prior": 0.9, "adaptation": "low_rank"}
+# Nothing is left to the library's defaults, which these runs decide upon.
+NORM = {
+    "distill_into": "adaptation",
+    "distill_fraction": 1.0,
+    "router_prior": 0.9,
+    "adaptation": "norm",
+}
+PAPER = NORM | {"distill_into": "layers", "router_prior": None}
+AFFINE = NORM | {"adaptation": "affine"}
+LOW_RANK = NORM | {"adaptation": "low_rank"}
 
 RUNS = {
     "lora": Run(),
@@ -59,16 +65,16 @@ RUNS = {
     "layers_p0.8": Run(mode=PAPER | {"router_prior": 0.8}),
     "layers_p0.8_router1e-2": Run(mode=PAPER | {"router_prior": 0.8}, router_lr=1e-2),
     "layers_p0.9_l0.1": Run(mode=PAPER | {"router_prior": 0.9, "distill_weight": 0.1}),
-    "uniform": Run(mode={"router_prior": None}, norm_lr=1e-2),
+    "uniform": Run(mode=NORM | {"router_prior": None}, norm_lr=1e-2),
     "norm": Run(mode=NORM, norm_lr=1e-2),
     "norm_lr1e-3": Run(mode=NORM, norm_lr=1e-3),
     "norm_router1e-2": Run(mode=NORM, norm_lr=1e-2, router_lr=1e-2),
-    "norm_p0.5": Run(mode={"router_prior": 0.5}, norm_lr=1e-2),
+    "norm_p0.5": Run(mode=NORM | {"router_prior": 0.5}, norm_lr=1e-2),
     "norm_balance": Run(mode=NORM | {"balance_weight": 0.01}, norm_lr=1e-2, router_lr=1e-2),
     "norm_warmup": Run(mode=NORM | {"router_warmup_steps": 20}, norm_lr=1e-2, router_lr=1e-2),
     "norm_l0": Run(mode=NORM | {"distill_weight": 0.0}, norm_lr=1e-2),
     "last_norm_only": Run(
-        mode={"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=1e-2
+        mode=NORM | {"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=1e-2
     ),
     "affine": Run(mode=AFFINE),
     "low_rank": Run(mode=LOW_RANK, norm_lr=3e-3),
@@ -76,6 +82,9 @@ RUNS = {
     "low_rank_f0.25": Run(mode=LOW_RANK | {"distill_fraction": 0.25}, norm_lr=3e-3),
     "low_rank_l0": Run(mode=LOW_RANK | {"distill_weight": 0.0}, norm_lr=3e-3),
     "low_rank_p0.5": Run(mode=LOW_RANK | {"router_prior": 0.5}, norm_lr=3e-3),
+    "last_low_rank_only": Run(
+        mode=LOW_RANK | {"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=3e-3
+    ),
     "norm_f0.25": Run(mode=NORM | {"distill_fraction": 0.25}, norm_lr=1e-2),
     "late": Run(late_only=True),
     "late_norm": Run(mode=NORM, late_only=True, norm_lr=1e-2),
@@ -91,7 +100,9 @@ def main() -> None:
     """Run the chosen settings, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="MAWPS in its raw JSON form")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument(
+        "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="settings; all by default"
+    )
     parser.add_argument("--out", type=Path, default=Path("router_defaults.jsonl"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)

@@ -45,29 +45,29 @@ class Anatomy:
     transform: Callable[[Tensor], Tensor] = lambda raw: raw
 
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "max_position_embeddings": 128,
 }
-_USUAL = {
-    **_COMMON,
+USUAL = {
+    **COMMON,
     "hidden_size": HIDDEN,
     "intermediate_size": 64,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
 }
-_GROUPED = {**_USUAL, "num_key_value_heads": 2}
+GROUPED = {**USUAL, "num_key_value_heads": 2}
 _GEMMA2 = {
-    **_GROUPED,
+    **GROUPED,
     "head_dim": 8,
     "query_pre_attn_scalar": 8,
     "final_logit_softcapping": CAP,
 }
 _GPT2 = {
-    **_COMMON,
+    **COMMON,
     "n_embd": HIDDEN,
     "n_layer": LAYERS,
     "n_head": 4,
@@ -75,25 +75,29 @@ _GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
-_OPT = {**_USUAL, "ffn_dim": 64, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}
+_OPT = {**USUAL, "ffn_dim": 64, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}
 
 ANATOMIES = {
-    "llama": Anatomy(LlamaConfig, _GROUPED),
-    "mistral": Anatomy(MistralConfig, _GROUPED),
-    "qwen2": Anatomy(Qwen2Config, _GROUPED | {"tie_word_embeddings": True}),
+    "llama": Anatomy(LlamaConfig, GROUPED),
+    "mistral": Anatomy(MistralConfig, GROUPED),
+    "qwen2": Anatomy(Qwen2Config, GROUPED | {"tie_word_embeddings": True}),
     "gemma2": Anatomy(Gemma2Config, _GEMMA2, transform=lambda raw: CAP * torch.tanh(raw / CAP)),
     "granite": Anatomy(
-        GraniteConfig, _GROUPED | {"logits_scaling": 4.0}, transform=lambda raw: raw / 4
+        GraniteConfig, GROUPED | {"logits_scaling": 4.0}, transform=lambda raw: raw / 4
     ),
     "cohere2": Anatomy(
-        Cohere2Config, _GROUPED | {"logit_scale": 0.5}, transform=lambda raw: raw * 0.5
+        Cohere2Config, GROUPED | {"logit_scale": 0.5}, transform=lambda raw: raw * 0.5
     ),
     "gpt2": Anatomy(GPT2Config, _GPT2, "transformer.h", "transformer.ln_f"),
-    "gpt_neox": Anatomy(GPTNeoXConfig, _USUAL, "gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "gpt_neox": Anatomy(GPTNeoXConfig, USUAL, "gpt_neox.layers", "gpt_neox.final_layer_norm"),
     "opt": Anatomy(OPTConfig, _OPT, "model.decoder.layers", "model.decoder.final_layer_norm"),
-    "phi": Anatomy(PhiConfig, _USUAL, norm="model.final_layernorm"),
+    "phi": Anatomy(PhiConfig, USUAL, norm="model.final_layernorm"),
 }
 TYPES = list(ANATOMIES)
+
+
+# Weights that are even at the start, and every token distilled: nothing random in the loss.
+PLAIN = {"router_prior": None, "distill_fraction": 1.0}
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
@@ -117,7 +121,7 @@ def randomise(model: nn.Module) -> nn.Module:
 def attached(base: PreTrainedModel, perturbed: bool = True, **config: Any) -> PreTrainedModel:
     """Return a copy of `base` with MoDE, whose parameters are random unless `perturbed` is off."""
     model = copy.deepcopy(base)
-    depthmix.attach(model, depthmix.MoDEConfig(**({"router_prior": None} | config)))
+    depthmix.attach(model, depthmix.MoDEConfig(**(PLAIN | config)))
     if perturbed and model.depthmix.config.k > 1:
         perturb(model.depthmix)
     return model

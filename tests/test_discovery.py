@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertConfig,
+    BertLMHeadModel,
     LlamaForCausalLM,
     LlamaModel,
     OpenAIGPTConfig,
@@ -19,7 +20,20 @@ import reference
 from depthmix import MoDEConfig
 from depthmix.discovery import discover
 from depthmix.errors import DiscoveryError
-from models import _USUAL, ANATOMIES, HIDDEN, LAYERS, TYPES, VOCABULARY, tiny_model, token_ids
+from models import (
+    ANATOMIES,
+    COMMON,
+    HIDDEN,
+    LAYERS,
+    TYPES,
+    USUAL,
+    VOCABULARY,
+    Anatomy,
+    attached,
+    randomise,
+    tiny_model,
+    token_ids,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,43 +153,26 @@ def test_paths_settle_what_is_unclear():
     assert (found.layers_path, found.norm_path) == ("model.layers", "model.norm")
 
 
-class Shuffled(LlamaForCausalLM):
-    """The layers run in another order than they are listed."""
+class Backwards(nn.ModuleList):
+    """Runs in the other direction than it is listed."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        first, second, third, last = self.model.layers
-        first.forward, last.forward = last.forward, first.forward
-        order = [last, second, third, first]
-        self.model.layers = nn.ModuleList(order)
-        self.model.layers.__class__ = ReversedList
-
-
-class ReversedList(nn.ModuleList):
     def __getitem__(self, index):
-        return (
-            [*self._modules.values()][::-1]
-            if isinstance(index, slice)
-            else super().__getitem__(index)
-        )
+        found = super().__getitem__(index)
+        return list(found)[::-1] if isinstance(index, slice) else found
 
 
 def test_layers_out_of_order_are_refused():
+    model = tiny_model("llama")
+    model.model.layers = Backwards(model.model.layers)
     with pytest.raises(DiscoveryError, match=r"last layer, model\.layers\.3 \(1, 5, 32\) float32"):
-        discover(Shuffled(tiny_model("llama").config), MoDEConfig())
-
-
-class Shared(LlamaForCausalLM):
-    """One layer, listed four times."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model.layers = nn.ModuleList([self.model.layers[0]] * LAYERS)
+        discover(model, MoDEConfig())
 
 
 def test_shared_layers_are_refused():
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * LAYERS)
     with pytest.raises(DiscoveryError, match="more than once a forward"):
-        discover(Shared(tiny_model("llama").config), MoDEConfig())
+        discover(model, MoDEConfig())
 
 
 class OddHead(LlamaForCausalLM):
@@ -192,23 +189,12 @@ def test_odd_logits_are_refused():
         discover(OddHead(tiny_model("llama").config), MoDEConfig())
 
 
-class HeadUnused(LlamaForCausalLM):
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * 0
-        return output
-
-    def get_output_embeddings(self):
-        return self.spare
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.spare = nn.Linear(HIDDEN, VOCABULARY)
-
-
-def test_head_that_is_not_called_is_refused():
+def test_head_that_is_not_called_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    spare = nn.Linear(HIDDEN, VOCABULARY)
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda _self: spare)
     with pytest.raises(DiscoveryError, match="did not call its LM head"):
-        discover(HeadUnused(tiny_model("llama").config), MoDEConfig())
+        discover(model, MoDEConfig())
 
 
 def test_model_without_a_head_is_refused():
@@ -216,25 +202,23 @@ def test_model_without_a_head_is_refused():
         discover(LlamaModel(tiny_model("llama").config), MoDEConfig())
 
 
-def foreign(name):
-    sizes = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    configs = {
-        # A head with a dense layer and an activation: the ensemble needs k of them.
-        "bert": lambda: BertConfig(**_USUAL, is_decoder=True),
-        # No final norm.
-        "bart": lambda: BartConfig(
-            **sizes, d_model=HIDDEN, decoder_layers=4, decoder_ffn_dim=64, decoder_attention_heads=4
-        ),
-        "openai-gpt": lambda: OpenAIGPTConfig(
-            vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=4, n_head=4
-        ),
-    }
-    return AutoModelForCausalLM.from_config(configs[name]()).eval()
+def without_final_norm(name):
+    if name == "bart":
+        config = BartConfig(
+            **COMMON,
+            d_model=HIDDEN,
+            decoder_layers=4,
+            decoder_ffn_dim=64,
+            decoder_attention_heads=4,
+        )
+    else:
+        config = OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=4, n_head=4)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("name", ["bert", "bart", "openai-gpt"])
-def test_structures_that_mode_does_not_fit_are_refused(name):
-    model = foreign(name)
+@pytest.mark.parametrize("name", ["bart", "openai-gpt"])
+def test_models_without_a_final_norm_are_refused(name):
+    model = without_final_norm(name)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(DiscoveryError, match=r"last layer, \S+ \(1, 5, 32\).*no final norm"):
         depthmix.attach(model, MoDEConfig(k=2))
@@ -242,9 +226,13 @@ def test_structures_that_mode_does_not_fit_are_refused(name):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_reference_and_library_agree_on_where_the_states_are():
-    """The anatomies of models.py, by which the reference goes, are those of the library."""
-    model = tiny_model("llama")
-    normed = reference.normed_states(model, ANATOMIES["llama"], 2, input_ids=token_ids())
-    last = model(token_ids(), output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(normed[..., -1, :], last)
+def test_transform_before_the_head_is_taken_as_the_final_norm():
+    """BERT: dense, activation and norm stand between the last layer and the linear head."""
+    base = randomise(BertLMHeadModel(BertConfig(**USUAL, is_decoder=True))).eval()
+    anatomy = Anatomy(BertConfig, {}, "bert.encoder.layer", "cls.predictions.transform")
+    found = discover(base, MoDEConfig())
+    assert (found.layers_path, found.norm_path) == (anatomy.layers, anatomy.norm)
+    model = attached(base)
+    inputs = {"input_ids": token_ids()}
+    expected = reference.logits(base, anatomy, model.depthmix, **inputs)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)

@@ -24,8 +24,9 @@ from depthmix.mixture import DepthMixture
 from depthmix.objective import training_objective
 from depthmix.runtime import runtime_of
 from models import (
-    _GROUPED,
     ANATOMIES,
+    GROUPED,
+    PLAIN,
     TYPES,
     Anatomy,
     attached,
@@ -64,7 +65,7 @@ class Problem:
     """Normed states, labels, a perturbed mixture and a head."""
 
     def __init__(self, n=6, dtype=torch.float64, **config):
-        self.config = MoDEConfig(**({"router_prior": None} | config))
+        self.config = MoDEConfig(**(PLAIN | config))
         self.mixture = DepthMixture(self.config, D, {"config": self.config.to_dict()})
         perturb(self.mixture)
         self.normed = torch.randn(n, self.config.k, D, dtype=dtype, requires_grad=True)
@@ -489,7 +490,7 @@ def test_lora_equals_the_reference(targets):
     """Also with LoRA on the head itself, which is then called as a module."""
     base = tiny_model("llama")
     lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    wrapped = depthmix.attach(copy.deepcopy(base), MoDEConfig(router_prior=None), lora)
+    wrapped = depthmix.attach(copy.deepcopy(base), MoDEConfig(**PLAIN), lora)
     mixture = wrapped.base_model.model.depthmix.modules_to_save["default"]
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -529,7 +530,7 @@ def test_scale_between_norm_and_head_of_a_model():
 
 
 def test_loss_of_the_experts_is_added():
-    config = MixtralConfig(**_GROUPED, num_local_experts=4, output_router_logits=True)
+    config = MixtralConfig(**GROUPED, num_local_experts=4, output_router_logits=True)
     base = randomise(MixtralForCausalLM(config))
     model = attached(base).train()
     ids, labels = token_ids(), labels_of(token_ids())

@@ -64,7 +64,9 @@ def rows(count: int = 16) -> list[dict[str, list[int]]]:
 def attached(base: LlamaForCausalLM, **config: Any) -> PeftModel:
     torch.manual_seed(3)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    return depthmix.attach(copy.deepcopy(base), depthmix.MoDEConfig(**config), lora)
+    return depthmix.attach(
+        copy.deepcopy(base), depthmix.MoDEConfig(**({"distill_fraction": 1.0} | config)), lora
+    )
 
 
 def arguments(cls: type, folder: Path, **changes: Any) -> Any:

@@ -26,6 +26,8 @@ from depthmix.mixture import DepthMixture
 from depthmix.runtime import RUNTIME_NAME, Runtime, runtime_of
 from depthmix.train.callback import watch_trainers
 
+MODEL_TAGS = ["depthmix", "mixture-of-depths-ensemble"]  # on the model's page on the hub
+
 
 def attach(
     model: nn.Module,
@@ -86,6 +88,10 @@ def detach(model: nn.Module) -> nn.Module:
     causal_lm = runtime.causal_lm
     delattr(causal_lm, MODULE_NAME)
     del vars(causal_lm)[RUNTIME_NAME]
+    tags = [tag for tag in causal_lm.model_tags or [] if tag not in MODEL_TAGS]
+    vars(causal_lm).pop("model_tags", None)
+    if tags:
+        causal_lm.add_model_tags(tags)
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             without_mode(config)
@@ -108,4 +114,4 @@ def _install(causal_lm: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -
     last_layer = causal_lm.get_submodule(anatomy.layer_paths[-1])
     causal_lm.depthmix = mixture.to(next(last_layer.parameters()).device)
     vars(causal_lm)[RUNTIME_NAME] = Runtime(causal_lm, anatomy)
-    causal_lm.add_model_tags(["depthmix", "mixture-of-depths-ensemble"])
+    causal_lm.add_model_tags(MODEL_TAGS)

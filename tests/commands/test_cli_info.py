@@ -23,7 +23,7 @@ def test_a_base_model(tiny, capsys):
     d, k, r, layers = 32, 2, 4, 4
     assert parts == {
         "lora q_proj": layers * 2 * d * r,
-        "MoDE norms": k * d,
+        "MoDE norms and maps": k * d + 2 * k * d * 16,
         "MoDE router": k * d + k,
     }
     assert report["parameters"]["trainable"] == sum(parts.values())
@@ -33,11 +33,14 @@ def test_a_base_model(tiny, capsys):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--method", "none"], {"MoDE norms", "MoDE router"}),
+        (["--method", "none"], {"MoDE norms and maps", "MoDE router"}),
         (["--no_mode", "--late_layers_only"], {"lora q_proj", "lora down_proj"}),
         (["--method", "prompt_tuning"], {"prompt", "MoDE router"}),
         (["--method", "ia3"], {"ia3 k_proj", "ia3 down_proj"}),
-        (["--method", "full"], {"embed_tokens", "q_proj", "norm", "lm_head", "MoDE norms"}),
+        (
+            ["--method", "full"],
+            {"embed_tokens", "q_proj", "norm", "lm_head", "MoDE norms and maps"},
+        ),
     ],
 )
 def test_parts_of_methods(tiny, capsys, flags, parts):

@@ -159,7 +159,7 @@ def _part(name: str) -> str:
     """Return the part that a parameter belongs to, going by its name."""
     path = name.split(".")
     if "depthmix" in path:
-        return "MoDE router" if "router" in path else "MoDE norms"
+        return "MoDE router" if "router" in path else "MoDE norms and maps"
     if "prompt_encoder" in path:
         return "prompt"
     end = next((i for i, p in enumerate(path) if p.startswith(_TUNER_PREFIXES)), len(path) - 1)

@@ -10,7 +10,7 @@ from depthmix.adapters import MODULE_NAME
 
 # Chosen by experiment, see docs/experiments.md.
 ROUTER_LR = 1e-3
-NORM_LR = 1e-2
+NORM_LR = 3e-3
 
 
 def param_groups(
