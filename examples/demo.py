@@ -143,11 +143,7 @@ def report(results: dict[str, Row], options: argparse.Namespace) -> None:
         "command": " ".join(["python", "examples/demo.py", *sys.argv[1:]]),
         "options": {key: str(value) for key, value in vars(options).items()},
         "python": platform.python_version(),
-        "versions": {"depthmix": depthmix.__version__}
-        | {
-            name: version(name)
-            for name in ("torch", "transformers", "peft", "trl", "reasoning-gym")
-        },
+        "versions": {"depthmix": depthmix.__version__} | {name: version(name) for name in PACKAGES},
     }
     written = json.dumps({"results": figures, "made_by": made_by}, indent=1)
     (options.output / "results.json").write_text(written, "utf-8")

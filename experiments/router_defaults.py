@@ -81,6 +81,9 @@ RUNS = {
     "low_rank_lr1e-2": Run(mode=LOW_RANK, norm_lr=1e-2),
     "low_rank_f0.25": Run(mode=LOW_RANK | {"distill_fraction": 0.25}, norm_lr=3e-3),
     "low_rank_l0": Run(mode=LOW_RANK | {"distill_weight": 0.0}, norm_lr=3e-3),
+    "low_rank_router1e-2": Run(mode=LOW_RANK, norm_lr=3e-3, router_lr=1e-2),
+    "low_rank_router3e-2": Run(mode=LOW_RANK, norm_lr=3e-3, router_lr=3e-2),
+    "low_rank_p0.98": Run(mode=LOW_RANK | {"router_prior": 0.98}, norm_lr=3e-3, router_lr=1e-2),
     "low_rank_p0.5": Run(mode=LOW_RANK | {"router_prior": 0.5}, norm_lr=3e-3),
     "last_low_rank_only": Run(
         mode=LOW_RANK | {"k": 2, "router_prior": 0.9999, "distill_weight": 0.0}, norm_lr=3e-3
