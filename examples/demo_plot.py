@@ -20,8 +20,10 @@ def plot_routing(score: Row, path: Path) -> None:
     names = [f"layer {layer + 1}" for layer in score["layers"]]
     colours = [mpl.colormaps["viridis"](0.15 + 0.7 * i / len(names)) for i in range(len(names))]
     _plot_mean(left.subplots(), score["gate"], names, colours)
+    longest = max(len(example["tokens"]) for example in examples)
     for axes, example in zip(right.subplots(len(examples), squeeze=False), examples, strict=True):
         _plot_reply(axes[0], example, colours)
+        axes[0].set_xlim(-0.6, longest - 0.4)
     figure.savefig(path, dpi=120)
 
 
@@ -44,7 +46,7 @@ def _plot_reply(axes: Axes, example: Row, colours: list[Any]) -> None:
     axes.set_title(_visible(question[-90:], blank=" "), fontsize=8, loc="left")
     labels = [_visible(token) for token in example["tokens"]]
     axes.set_xticks(places, labels, fontsize=8)
-    axes.set(xlim=(-0.6, max(len(places), 8) - 0.4), ylim=(0, 1), yticks=[0, 1])
+    axes.set(ylim=(0, 1), yticks=[0, 1])
 
 
 def _visible(text: str, blank: str = "\N{OPEN BOX}") -> str:
