@@ -7,8 +7,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check install --progress-bar off
-SOURCES := src examples benchmarks experiments tests
-TYPED := src examples benchmarks experiments
+SOURCES := src examples experiments tests
+TYPED := src examples experiments
 
 # Arguments for the demo and the tests: make demo ARGS="--model NAME", make test ARGS="-k loss".
 ARGS ?=
@@ -49,14 +49,14 @@ check: setup ## formatting, lint and types
 types: setup ## types alone
 	$(PYTHON) -m mypy $(TYPED)
 
-bench: setup ## print the benchmark tables
-	$(PYTHON) benchmarks/loss.py
-	$(PYTHON) benchmarks/step.py
+bench: setup ## measure time and memory against what one would use instead (ARGS passes options)
+	$(VENV)/bin/depthmix bench --model $$($(PYTHON) examples/embedded_model.py) \
+		--json bench.json --plot bench.png $(ARGS)
 
 format: setup ## format the code and mend what ruff can mend
 	$(PYTHON) -m ruff format $(SOURCES)
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 
 clean: ## remove caches and the demo's output; keeps .venv and the model in .cache
-	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build dist demo-output bench.json bench.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples experiments -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -83,6 +83,28 @@ RUNS = {
     "low_rank_l0": Run(mode=LOW_RANK | {"distill_weight": 0.0}, norm_lr=3e-3),
     "low_rank_router1e-2": Run(mode=LOW_RANK, norm_lr=3e-3, router_lr=1e-2),
     "low_rank_router3e-2": Run(mode=LOW_RANK, norm_lr=3e-3, router_lr=3e-2),
+    "low_rank_l0.1": Run(mode=LOW_RANK | {"distill_weight": 0.1}, norm_lr=3e-3),
+    "low_rank_l0.1_router1e-2": Run(
+        mode=LOW_RANK | {"distill_weight": 0.1}, norm_lr=3e-3, router_lr=1e-2
+    ),
+    "low_rank_l0_router1e-2": Run(
+        mode=LOW_RANK | {"distill_weight": 0.0}, norm_lr=3e-3, router_lr=1e-2
+    ),
+    "low_rank_l0_p0.5": Run(
+        mode=LOW_RANK | {"distill_weight": 0.0, "router_prior": 0.5}, norm_lr=3e-3
+    ),
+    "low_rank_l0.1_p0.5_router1e-2": Run(
+        mode=LOW_RANK | {"distill_weight": 0.1, "router_prior": 0.5}, norm_lr=3e-3, router_lr=1e-2
+    ),
+    "lora_lr1e-3": Run(lr=1e-3),
+    "lora_lr2e-3": Run(lr=2e-3),
+    "low_rank_lora1e-3": Run(mode=LOW_RANK, norm_lr=3e-3, lr=1e-3),
+    "low_rank_l0_lora1e-3": Run(
+        mode=LOW_RANK | {"distill_weight": 0.0}, norm_lr=3e-3, router_lr=1e-2, lr=1e-3
+    ),
+    "low_rank_l0.1_lora1e-3": Run(
+        mode=LOW_RANK | {"distill_weight": 0.1}, norm_lr=3e-3, router_lr=1e-2, lr=1e-3
+    ),
     "low_rank_p0.98": Run(mode=LOW_RANK | {"router_prior": 0.98}, norm_lr=3e-3, router_lr=1e-2),
     "low_rank_p0.5": Run(mode=LOW_RANK | {"router_prior": 0.5}, norm_lr=3e-3),
     "last_low_rank_only": Run(

@@ -542,7 +542,7 @@ def test_loss_of_the_experts_is_added():
 
 def test_statistics_are_means_over_the_tokens_of_all_forwards():
     base = tiny_model("llama")
-    model = attached(base).train()
+    model = attached(base, distill_weight=1.0).train()
     statistics = runtime_of(model).statistics
     assert statistics.take() is None
     parts = []

@@ -34,7 +34,7 @@ class MoDEConfig:
         default=3, metadata=_help("Number of late layers in the ensemble, the last one included.")
     )
     distill_weight: float = field(
-        default=1.0,
+        default=0.1,
         metadata=_help(
             "Weight (lambda) of the distillation from the last layer to the other late layers."
         ),

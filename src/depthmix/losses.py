@@ -23,7 +23,7 @@ from depthmix.divergences import DIVERGENCES
 from depthmix.head import HeadProjection, LogitGradients, LogitTransform
 
 # Bytes of one chunk's logits. Small enough to be nothing beside a model, large enough that the
-# matrix products run at full speed; measured with `benchmarks/loss.py`.
+# matrix products run at full speed; measured with `depthmix bench`.
 CHUNK_BYTES = 32 * 2**20
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from depthmix.adapters import MODULE_NAME
 
 # Chosen by experiment, see docs/experiments.md.
-ROUTER_LR = 1e-3
+ROUTER_LR = 1e-2
 NORM_LR = 3e-3
 
 

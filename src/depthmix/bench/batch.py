@@ -1,0 +1,40 @@
+"""The batch that all steps are measured on: rows with the lengths of real questions and answers."""
+
+from __future__ import annotations
+
+import json
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+# Tokens of question and of answer of GSM8K's first training rows.
+LENGTHS = Path(__file__).with_name("gsm8k_lengths.json")
+IGNORED = -100
+
+
+def make_batch(
+    rows: int, vocabulary: int, device: torch.device, longest: int | None = None
+) -> dict[str, Int[Tensor, "b t"]]:
+    """Return random tokens in rows of real lengths, padded right, questions not supervised.
+
+    Args:
+        rows: number of rows B.
+        vocabulary: tokens are drawn from it.
+        device: where the tensors go.
+        longest: scale the lengths down so that no row has more tokens.
+    """
+    lengths = list(islice(cycle(json.loads(LENGTHS.read_text())), rows))
+    width = max(question + answer for question, answer in lengths)
+    scale = 1.0 if longest is None else min(1.0, longest / width)
+    cut = [(max(1, int(q * scale)), max(1, int(a * scale))) for q, a in lengths]
+    width = max(question + answer for question, answer in cut)
+    ids = torch.randint(vocabulary, (rows, width), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for i, (question, answer) in enumerate(cut):
+        mask[i, : question + answer] = 1
+        labels[i, question : question + answer] = ids[i, question : question + answer]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,97 @@
+"""Prefill and the latency of one token: base, merged LoRA, with MoDE, with k naive heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+import depthmix
+from depthmix.bench.measure import median_seconds
+from depthmix.commands.loading import load_base
+from depthmix.runtime import runtime_of
+
+BASE, MERGED, MODE, NAIVE = "base", "merged lora", "merged lora + mode", "naive k heads"
+
+
+@torch.no_grad()
+def measure_decoding(
+    model: str, k: int, prompt: int, tokens: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Return median seconds of a prefill of `prompt` tokens and of one token after it."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    models = {
+        BASE: load_base(model),
+        MERGED: _merged(load_base(model), None),
+        MODE: _merged(load_base(model), k),
+    }
+    forwards: dict[str, Callable[..., Any]] = {
+        name: loaded.to(device).eval() for name, loaded in models.items()
+    }
+    forwards[NAIVE] = _with_naive_heads(models[MODE])
+    ids = torch.arange(prompt, device=device).unsqueeze(0) % models[BASE].config.vocab_size
+    prefill = median_seconds({n: _prefill(f, ids) for n, f in forwards.items()}, repeats)
+    decode = median_seconds({n: _decode(f, ids, tokens) for n, f in forwards.items()}, repeats)
+    return {
+        name: {"prefill_seconds": prefill[name], "token_seconds": decode[name] / tokens}
+        for name in forwards
+    }
+
+
+def _merged(model: Any, k: int | None) -> Any:
+    """Return the model with a LoRA merged into it, and MoDE beside it if k is given."""
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if k is None:
+        return get_peft_model(model, lora).merge_and_unload()
+    return depthmix.attach(model, depthmix.MoDEConfig(k=k), lora).merge_and_unload()
+
+
+def _prefill(forward: Callable[..., Any], ids: Tensor) -> Callable[[], Any]:
+    return lambda: forward(ids, use_cache=True, logits_to_keep=1)
+
+
+def _decode(forward: Callable[..., Any], ids: Tensor, tokens: int) -> Callable[[], None]:
+    """Return a call that decodes greedily after the prompt, whose cache is made beforehand."""
+    output = forward(ids, use_cache=True, logits_to_keep=1)
+
+    def run() -> None:
+        cache, logits = output.past_key_values, output.logits
+        for _ in range(tokens):
+            token = logits[:, -1:].argmax(-1)
+            logits = forward(token, past_key_values=cache, use_cache=True).logits
+        cache.crop(-tokens)
+
+    return run
+
+
+def _with_naive_heads(model: Any) -> Callable[..., Any]:
+    """Return a forward that runs the head on the state of every late layer, then mixes logits."""
+    runtime = runtime_of(model)
+    mixture, head = runtime.mixture(), model.get_output_embeddings()
+    assert mixture is not None
+    norm = model.get_submodule(runtime.anatomy.norm_path)
+    layers = [model.get_submodule(path) for path in runtime.anatomy.layer_paths]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states: list[Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda _m, _a, output: states.append(output))
+            for layer in layers
+        ]
+        hook = norm._forward_hooks.popitem()
+        try:
+            output = model(*args, **kwargs)
+        finally:
+            norm._forward_hooks.update([hook])
+            for handle in handles:
+                handle.remove()
+        kept = kwargs.get("logits_to_keep", 0)
+        normed = torch.stack([norm.forward(state[:, -kept:]) for state in states], dim=-2)
+        layer_states, gate = mixture.weigh(normed)
+        output.logits = (gate.unsqueeze(-1) * head(layer_states)).sum(-2)
+        return output
+
+    return forward

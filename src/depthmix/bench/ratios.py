@@ -1,0 +1,38 @@
+"""The ratios that the benchmarks are about, out of the figures of one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from depthmix.bench import decoding, loss, training
+
+Figures = dict[str, dict[str, Any]]
+
+
+def step_ratios(steps: Figures) -> dict[str, float]:
+    """Return time and peak memory of a LoRA + MoDE step against LoRA's."""
+    ours, lora = steps[training.LORA_MODE], steps[training.LORA]
+    chunked = steps[training.CHUNKED_LORA]
+    return {
+        "step_vs_hf_lora": ours["seconds"] / lora["seconds"],
+        "step_vs_chunked_lora": ours["seconds"] / chunked["seconds"],
+        "peak_vs_hf_lora": ours["peak_bytes"] / lora["peak_bytes"],
+    }
+
+
+def loss_ratios(losses: Figures) -> dict[str, float]:
+    """Return memory and time of the loss alone against the naive one's."""
+    ours, naive = losses[loss.OURS], losses[loss.NAIVE]
+    return {
+        "loss_memory_vs_naive": ours["peak_bytes"] / naive["peak_bytes"],
+        "loss_time_vs_naive": ours["seconds"] / naive["seconds"],
+    }
+
+
+def decoding_ratios(decoded: Figures) -> dict[str, float]:
+    """Return the latency of a token and of a prefill with MoDE against the merged LoRA's."""
+    ours, merged = decoded[decoding.MODE], decoded[decoding.MERGED]
+    return {
+        "decode_vs_merged": ours["token_seconds"] / merged["token_seconds"],
+        "prefill_vs_merged": ours["prefill_seconds"] / merged["prefill_seconds"],
+    }

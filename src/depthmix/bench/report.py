@@ -1,0 +1,111 @@
+"""What a benchmark run leaves behind: tables on the terminal, JSON, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Figures = dict[str, dict[str, Any]]
+
+MIB = 2**20
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "seconds": ("seconds", lambda value: f"{value:.3f}"),
+    "peak_bytes": ("peak MiB", lambda value: f"{value / MIB:.0f}"),
+    "projected": ("projected", str),
+    "pulled_back": ("pulled back", str),
+    "largest_logits_bytes": ("logits MiB", lambda value: f"{value / MIB:.1f}"),
+    "prefill_seconds": ("prefill, s", lambda value: f"{value:.3f}"),
+    "token_seconds": ("a token, ms", lambda value: f"{value * 1e3:.1f}"),
+}
+# Of these, the ratio to the first row or to the baseline says more than the figure.
+_COMPARED = ("seconds", "peak_bytes", "prefill_seconds", "token_seconds")
+
+
+def table(title: str, figures: Figures, baseline: str) -> Table:
+    """Return one row a variant; times and memory also relative to the baseline's."""
+    out = Table(title=title)
+    out.add_column("", no_wrap=True)
+    fields = list(next(iter(figures.values())))
+    for field in fields:
+        out.add_column(_COLUMNS[field][0], justify="right")
+        if field in _COMPARED:
+            out.add_column("ratio", justify="right")
+    for name, row in figures.items():
+        cells = []
+        for field in fields:
+            cells.append(_COLUMNS[field][1](row[field]))
+            if field in _COMPARED:
+                cells.append(f"{row[field] / figures[baseline][field]:.2f}")
+        out.add_row(name, *cells)
+    return out
+
+
+def print_ratios(ratios: dict[str, float]) -> None:
+    """Print the ratios, one a line."""
+    out = Table(title="ratios")
+    out.add_column("")
+    out.add_column("", justify="right")
+    for name, value in ratios.items():
+        out.add_row(name, f"{value:.3f}")
+    Console().print(out)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw what was measured: the step, the cost of the loss as it grows, decoding."""
+    from matplotlib.figure import Figure
+
+    panels: list[Callable[[Axes], None]] = []
+    if "step" in results:
+        panels += [lambda axes: _bars(axes, results["step"], "seconds", "one training step, s")]
+        panels += [lambda axes: _bars(axes, results["step"], "peak_bytes", "peak memory, GiB")]
+    if "growth" in results:
+        for name, title in (
+            ("vocabulary", "vocabulary"),
+            ("k", "late layers k"),
+            ("tokens", "tokens"),
+        ):
+            panels.append(_growth_panel(results["growth"], name, title))
+    if "decode" in results:
+        panels += [lambda axes: _bars(axes, results["decode"], "token_seconds", "a token, s")]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        panel(axes)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axes: Axes, figures: Figures, field: str, title: str) -> None:
+    scale = 2**30 if field == "peak_bytes" else 1
+    names = list(figures)[::-1]
+    bars = axes.barh(names, [figures[name][field] / scale for name in names], color="#3b6ea5")
+    axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    axes.margins(x=0.15)
+
+
+def _growth_panel(growth: list[dict[str, Any]], name: str, title: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        rows = [row for row in growth if row["grows"] == name]
+        for variant, colour in (("naive", "#c44e52"), ("depthmix", "#3b6ea5")):
+            points = [(r[name], r[variant]["peak_bytes"] / MIB) for r in rows if variant in r]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=variant)
+        axes.set_title(f"memory of the loss, MiB, by {title}", fontsize=9)
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks([r[name] for r in rows], [f"{r[name]:,}" for r in rows])
+        axes.minorticks_off()
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=7)
+
+    return draw

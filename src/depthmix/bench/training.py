@@ -1,0 +1,193 @@
+"""A whole training step of every method that a user would choose between."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+import depthmix
+from depthmix.adapters import causal_lm_of, late_layers, mode_only_config
+from depthmix.bench.batch import IGNORED, make_batch
+from depthmix.bench.measure import CountHead, in_fresh_process, median_seconds, peak_bytes
+from depthmix.commands.loading import load_base, load_tokenizer
+from depthmix.runtime import runtime_of
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all steps have in common.
+
+    Attributes:
+        model: folder or hub name.
+        k: late layers.
+        rows: rows of a batch.
+        longest: most tokens of a row; None for real lengths.
+    """
+
+    model: str
+    k: int = 3
+    rows: int = 8
+    longest: int | None = None
+
+
+def measure_steps(
+    setting: Setting, names: Sequence[str], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Return what one step of each named variant costs, the times of all of them taken in turn.
+
+    The figures: median `seconds`; `peak_bytes` of the first step above the model; and `HeadCounts`.
+    """
+    peaks = {
+        name: in_fresh_process(first_step_peak, name, setting)
+        for name in tqdm(names, desc="peak memory", unit="method")
+    }
+    built = {name: build(name, setting) for name in names}
+    seconds = median_seconds({name: step for name, (_, step) in built.items()}, repeats)
+    figures = {}
+    for name, (model, step) in built.items():
+        with CountHead(model.get_output_embeddings().weight) as counter:
+            step()
+        figures[name] = {
+            "seconds": seconds[name],
+            "peak_bytes": peaks[name],
+            **asdict(counter.counts),
+        }
+    return figures
+
+
+def first_step_peak(name: str, setting: Setting) -> int:
+    """Return the memory that a variant's first step takes beside its model, in bytes."""
+    return peak_bytes(build(name, setting)[1])
+
+
+def build(name: str, setting: Setting) -> tuple[PreTrainedModel, Step]:
+    """Return a variant's model and one training step of it, optimiser included."""
+    torch.manual_seed(0)
+    model, trainer_class = VARIANTS[name](load_base(setting.model), setting.k)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(trainer_class, model, setting, folder)
+    optimizer = trainer.create_optimizer()
+    batch = make_batch(setting.rows, model.config.vocab_size, trainer.args.device, setting.longest)
+    supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+    model.train()
+
+    def step() -> None:
+        trainer.training_step(model, dict(batch), supervised)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return causal_lm_of(model), step
+
+
+def _trainer(trainer_class: type[Trainer], model: Any, setting: Setting, folder: str) -> Trainer:
+    options: dict[str, Any] = {"report_to": [], "bf16": False}
+    if trainer_class is not SFTTrainer:
+        return trainer_class(model, TrainingArguments(folder, **options))
+    prepared = {"skip_prepare_dataset": True}
+    return SFTTrainer(
+        model,
+        SFTConfig(folder, dataset_kwargs=prepared, **options),
+        train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
+        processing_class=load_tokenizer(setting.model),
+    )
+
+
+def _lora_config() -> LoraConfig:
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _lora(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    return get_peft_model(model, _lora_config()), Trainer
+
+
+def _chunked_lora(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    """TRL's loss, which projects the supervised tokens only, in chunks."""
+    return get_peft_model(model, _lora_config()), SFTTrainer
+
+
+def _lora_mode(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    return depthmix.attach(model, depthmix.MoDEConfig(k=k), _lora_config()), Trainer
+
+
+def _lora_mode_all(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    config = depthmix.MoDEConfig(k=k, distill_fraction=1.0)
+    return depthmix.attach(model, config, _lora_config()), Trainer
+
+
+def _lora_naive(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    return _lora_mode(model, k)[0], NaiveTrainer
+
+
+def _late_lora(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    return get_peft_model(model, late_layers(_lora_config(), model, k)), Trainer
+
+
+def _late_lora_mode(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    config = depthmix.MoDEConfig(k=k)
+    return depthmix.attach(model, config, _lora_config(), late_layers_only=True), Trainer
+
+
+def _mode(model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    return depthmix.attach(model, depthmix.MoDEConfig(k=k), mode_only_config()), Trainer
+
+
+LORA, CHUNKED_LORA, LORA_MODE = "lora", "lora, TRL loss", "lora+mode"
+LORA_NAIVE = "lora+mode, naive"
+LATE_LORA_MODE = "late-lora+mode"
+VARIANTS: dict[str, Callable[[nn.Module, int], tuple[Any, type[Trainer]]]] = {
+    LORA: _lora,
+    CHUNKED_LORA: _chunked_lora,
+    LORA_MODE: _lora_mode,
+    "lora+mode, all distilled": _lora_mode_all,
+    LORA_NAIVE: _lora_naive,
+    "late-lora": _late_lora,
+    LATE_LORA_MODE: _late_lora_mode,
+    "mode": _mode,
+}
+
+
+class NaiveTrainer(Trainer):
+    """MoDE as one would write it: full logits of every late layer, autograd for the rest."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        """Return what MoDE's own path gives, to rounding, when all tokens are distilled."""
+        labels = inputs["labels"][:, 1:]
+        runtime, causal_lm = runtime_of(model), causal_lm_of(model)
+        states: list[Tensor] = []
+        handles = [
+            causal_lm.get_submodule(path).register_forward_hook(
+                lambda _module, _args, output: states.append(output)
+            )
+            for path in runtime.anatomy.layer_paths
+        ]
+        causal_lm.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        for handle in handles:
+            handle.remove()
+        norm: Any = causal_lm.get_submodule(runtime.anatomy.norm_path)
+        mixture = runtime.mixture()
+        assert mixture is not None
+        layer_states, gate = mixture.weigh(torch.stack([norm.forward(s) for s in states], dim=-2))
+        head: Any = causal_lm.get_output_embeddings()
+        logits = head(layer_states.to(head.weight.dtype))[:, :-1].float()
+        ensemble = (gate[:, :-1].unsqueeze(-1) * logits).sum(-2)
+        loss = F.cross_entropy(ensemble.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        teacher = logits[..., -1, :].detach().log_softmax(-1)
+        mask = labels != IGNORED
+        for late in logits[..., :-1, :].log_softmax(-1).unbind(-2):
+            divergence = F.kl_div(late, teacher, log_target=True, reduction="none").sum(-1)
+            loss = loss + (divergence * mask).sum() / mask.sum() / (logits.shape[-2] - 1)
+        return loss

@@ -1,0 +1,156 @@
+"""`depthmix bench`: time and memory as ratios to what one would use instead."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from depthmix.commands.parser import Parser
+from depthmix.errors import ConfigError
+
+PARTS = ("step", "loss", "decode", "growth")
+PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "accelerate")
+
+_EXAMPLES = """\
+parts:
+  step    a training step of LoRA, of LoRA + MoDE and of what lies between: time, peak memory,
+          states multiplied with the LM head's weight, gradients pulled back through it
+  loss    the loss of MoDE alone against the naive one, 1,024 tokens at V = 49,152
+  decode  prefill and one token: base, merged LoRA, the same with MoDE, k naive heads
+  growth  the loss as vocabulary, k and tokens grow
+
+examples:
+  depthmix bench --model HuggingFaceTB/SmolLM2-135M-Instruct
+  depthmix bench --model out/base --parts step decode --json bench.json --plot bench.png
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure, print and write."""
+    arguments = _parser().parse_args(argv)
+    if arguments.plot:
+        _require_matplotlib()
+    results = _measure(arguments)
+    from depthmix.bench.report import plot, print_ratios
+
+    print_ratios(results["ratios"])
+    if arguments.json:
+        _write(Path(arguments.json), json.dumps(results, indent=1))
+    if arguments.plot:
+        plot(results, Path(arguments.plot))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "bench",
+        "Measure time and memory in one run, as ratios to what one would use instead.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--model", required=True, help="base model: folder or hub name")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all of them"
+    )
+    parser.add_argument("--k", type=int, default=3, help="late layers (default: 3)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch (default: 8)")
+    parser.add_argument("--longest", type=int, help="most tokens of a row (default: as GSM8K's)")
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many (default: 3)")
+    parser.add_argument("--full", action="store_true", help="larger shapes in part growth")
+    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--plot", help="draw the figures to this PNG file (needs matplotlib)")
+    return parser
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the chosen parts, printing each one's table as it is done."""
+    import torch
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from depthmix.bench.report import table
+
+    logging.disable_progress_bar()
+    results: dict[str, Any] = {"made_by": _made_by(arguments, torch.get_num_threads())}
+    ratios: dict[str, float] = {}
+    for part in arguments.parts:
+        title, figures, baseline, part_ratios = _RUN[part](arguments)
+        results[part] = figures
+        ratios |= part_ratios
+        if baseline:
+            Console().print(table(title, figures, baseline))
+    return {**results, "ratios": ratios}
+
+
+Measured = tuple[str, Any, str | None, dict[str, float]]
+
+
+def _step(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.ratios import step_ratios
+    from depthmix.bench.training import LORA, VARIANTS, Setting, measure_steps
+
+    setting = Setting(arguments.model, arguments.k, arguments.rows, arguments.longest)
+    figures = measure_steps(setting, list(VARIANTS), arguments.repeats)
+    title = f"one training step, {arguments.rows} rows of GSM8K's lengths"
+    return title, figures, LORA, step_ratios(figures)
+
+
+def _loss(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.loss import NAIVE, Shape, measure_loss
+    from depthmix.bench.ratios import loss_ratios
+
+    shape = Shape(k=arguments.k)
+    figures = measure_loss(shape, arguments.repeats)
+    title = f"the loss, {shape.tokens} tokens, V = {shape.vocabulary}, d = {shape.width}"
+    return title, figures, NAIVE, loss_ratios(figures)
+
+
+def _decode(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.decoding import MERGED, measure_decoding
+    from depthmix.bench.ratios import decoding_ratios
+
+    prompt, tokens = arguments.longest or 256, 16
+    figures = measure_decoding(arguments.model, arguments.k, prompt, tokens, arguments.repeats)
+    title = f"prefill of {prompt} tokens, then one token at a time"
+    return title, figures, MERGED, decoding_ratios(figures)
+
+
+def _growth(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.growth import measure_growth
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "", measure_growth(arguments.full, memory // 3), None, {}
+
+
+_RUN = {"step": _step, "loss": _loss, "decode": _decode, "growth": _growth}
+
+
+def _made_by(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
+    return {
+        "command": " ".join(["depthmix", *sys.argv[1:]]),
+        "options": vars(arguments),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": threads,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _require_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'depthmix[plot]'")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write to a temporary name first, so that a crash leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", "utf-8")
+    temporary.replace(path)
