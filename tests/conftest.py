@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Before the hook: the configuration checks its values itself, with errors that are tested.
+# Before the hook: configurations check their values themselves, with errors that are tested.
+import depthmix.compare.experiment
 import depthmix.config  # noqa: F401
 
 # Before all other imports of depthmix: shapes and types are checked at every call.
@@ -33,3 +34,6 @@ def real_model_folder():
     from embedded_model import embedded_model
 
     return embedded_model()
+
+
+pytest_plugins = ["command_fixtures"]

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "tune a model on your data, with MoDE or without",
     "generate": "complete prompts with a tuned model",
     "chat": "talk to a tuned model",
+    "compare": "compare tuning methods over seeds and tasks",
     "bench": "measure time and memory against what one would use instead",
     "info": "show what MoDE finds in a model, or what an adapter holds",
 }
@@ -85,10 +86,14 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
-    # PEFT asks for a property of transformers by its old name, at every model.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    ignore_renamed_properties()
     command = importlib.import_module(f"depthmix.commands.{name}")
     return int(command.run(rest))
+
+
+def ignore_renamed_properties() -> None:
+    """PEFT asks for a property of transformers by its old name, at every model: not to be told."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def _usage() -> str:

@@ -12,7 +12,9 @@ import depthmix
 from depthmix.cli import main
 from depthmix.commands import chat as chat_command
 from depthmix.commands import generate as generate_command
-from depthmix.train.data import alpaca_prompt
+from depthmix.data.template import TEMPLATES
+
+alpaca_prompt = TEMPLATES["alpaca"].prompt
 
 
 @pytest.fixture(scope="module")

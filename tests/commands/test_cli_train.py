@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 import depthmix
 from depthmix.cli import main
-from depthmix.train.data import load_data
+from depthmix.data.load import load_data
 from depthmix.train.interrupt import StopOnRequest
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from depthmix.commands.parser import Parser
 from depthmix.errors import ConfigError
+from depthmix.files import write_text
 
 PARTS = ("step", "loss", "decode", "growth")
 PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "accelerate")
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
     print_ratios(results["ratios"])
     if arguments.json:
-        _write(Path(arguments.json), json.dumps(results, indent=1))
+        write_text(Path(arguments.json), json.dumps(results, indent=1))
     if arguments.plot:
         plot(results, Path(arguments.plot))
     return 0
@@ -147,10 +148,3 @@ def _require_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'depthmix[plot]'")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write to a temporary name first, so that a crash leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", "utf-8")
-    temporary.replace(path)

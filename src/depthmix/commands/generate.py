@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.loading import has_mode, load_tuned, trained_format
+from depthmix.commands.loading import has_mode, load_tuned, trained_on
 from depthmix.commands.parser import Parser
+from depthmix.data.formats import FORMATS, conversational, prompt_for
 from depthmix.errors import ConfigError
-from depthmix.train.data import FORMATS, conversational, prompt_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +31,10 @@ def run(argv: Sequence[str]) -> int:
     check_sampling(arguments)
     prompts = _prompts(arguments)
     model, tokenizer = load_tuned(arguments.adapter, arguments.model)
-    row_format = arguments.format or trained_format(arguments.adapter)
-    encoded = [_encoded(prompt, row_format, tokenizer) for prompt in prompts]
+    row_format, template = trained_on(arguments.adapter)
+    if arguments.format:
+        row_format, template = arguments.format, None
+    encoded = [_encoded(prompt, row_format, template, tokenizer) for prompt in prompts]
     with showing_routing(arguments, model):
         if len(encoded) == 1:
             complete(model, tokenizer, encoded, arguments, stream=True)
@@ -193,11 +195,13 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _encoded(prompt: str, row_format: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encoded(
+    prompt: str, row_format: str, template: str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     """Return the token ids that a training row with this prompt begins with."""
     if conversational(row_format):
         return encode_chat([{"role": "user", "content": prompt}], tokenizer)
-    encoded: Any = tokenizer(prompt_for(prompt, row_format))
+    encoded: Any = tokenizer(prompt_for(prompt, row_format, template))
     return list(encoded["input_ids"])
 
 

@@ -90,14 +90,15 @@ def base_of(folder: str) -> str:
     return str(name)
 
 
-def trained_format(folder: str) -> str:
-    """Return the data format that a saved model was trained on; text where it is not recorded."""
+def trained_on(folder: str) -> tuple[str, str | None]:
+    """Return format and template of the data that a model was tuned on; text if not recorded."""
     import yaml
 
     path = Path(folder) / _OWN_CONFIG
     if not path.exists():
-        return "text"
-    return str(yaml.safe_load(path.read_text()).get("dataset_format", "text"))
+        return "text", None
+    config = yaml.safe_load(path.read_text())
+    return config.get("dataset_format", "text"), config.get("dataset_template")
 
 
 def weight_files(folder: str) -> list[Path]:

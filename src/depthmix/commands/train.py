@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from depthmix.commands.loading import load_base, load_tokenizer
 from depthmix.commands.train_help import print_all_options, print_help
+from depthmix.data.formats import conversational
+from depthmix.data.load import load_data
 from depthmix.errors import ConfigError, DataError, TrainingError
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments, parse
-from depthmix.train.data import conversational, load_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,20 +34,9 @@ def run(argv: Sequence[str]) -> int:
 
 def train(arguments: TrainArguments) -> int:
     """Train, save and say where the result is; 130 after Ctrl-C, with a checkpoint saved."""
-    from depthmix.train.interrupt import stopping_on_interrupt
-
     folder = Path(str(arguments.training.output_dir))
-    checkpoint = output.prepare(folder, arguments)
-    rows, row_format = _rows(arguments)
-    tokenizer = _tokenizer(arguments, row_format)
-    trainer = _trainer(arguments, tokenizer, rows)
+    trainer = fit(arguments)
     main_process = trainer.is_world_process_zero()
-    notes = [*_without_effect(arguments), *_long_rows(arguments, trainer, len(rows))]
-    if main_process:
-        output.write_config(folder, arguments, row_format)
-        print(*notes, sep="\n", end="\n" if notes else "")
-    with stopping_on_interrupt(trainer):
-        _fit(trainer, checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         if main_process:
             print(_stopped(trainer, folder), file=sys.stderr)
@@ -57,6 +47,24 @@ def train(arguments: TrainArguments) -> int:
     return 0
 
 
+def fit(arguments: TrainArguments) -> SFTTrainer:
+    """Train to the end or to Ctrl-C, and return the trainer."""
+    from depthmix.train.interrupt import stopping_on_interrupt
+
+    folder = Path(str(arguments.training.output_dir))
+    checkpoint = output.prepare(folder, arguments)
+    rows, row_format = _rows(arguments)
+    tokenizer = _tokenizer(arguments, row_format)
+    trainer = _trainer(arguments, tokenizer, rows)
+    notes = [*_without_effect(arguments), *_long_rows(arguments, trainer, len(rows))]
+    if trainer.is_world_process_zero():
+        output.write_config(folder, arguments, row_format)
+        print(*notes, sep="\n", end="\n" if notes else "")
+    with stopping_on_interrupt(trainer):
+        _fit(trainer, checkpoint)
+    return trainer
+
+
 def _rows(arguments: TrainArguments) -> tuple[Dataset, str]:
     run = arguments.run
     assert run.dataset is not None  # `parse` has seen to it
@@ -65,6 +73,7 @@ def _rows(arguments: TrainArguments) -> tuple[Dataset, str]:
         split=run.dataset_split,
         config=run.dataset_config,
         format=run.dataset_format,
+        template=run.dataset_template,
         text_field=arguments.training.dataset_text_field,
     )
 
@@ -78,6 +87,7 @@ def _evaluation_rows(arguments: TrainArguments) -> Dataset | None:
         split=run.eval_split,
         config=run.dataset_config,
         format=run.dataset_format,
+        template=run.dataset_template,
         text_field=arguments.training.dataset_text_field,
     )[0]
 

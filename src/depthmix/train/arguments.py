@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 
 Method = Literal["lora", "dora", "ia3", "vera", "prompt_tuning", "full", "none"]
 DatasetFormat = Literal[
-    "auto", "messages", "chat_completion", "prompt_completion", "alpaca", "question", "text"
+    "auto",
+    "messages",
+    "chat_completion",
+    "prompt_completion",
+    "alpaca",
+    "question",
+    "mawps",
+    "text",
 ]
 
 
@@ -49,7 +56,8 @@ class RunOptions:
     dataset: list[str] | None = field(
         default=None,
         metadata=_help(
-            "Local json, jsonl, csv or parquet file(s), a folder with train.*, or a hub name."
+            "Local json, jsonl, csv or parquet file(s), a folder with train.*, a hub name, or "
+            "reasoning_gym:GENERATOR?size=500&seed=1."
         ),
     )
     dataset_config: str | None = field(
@@ -60,6 +68,13 @@ class RunOptions:
     )
     dataset_format: DatasetFormat = field(
         default="auto", metadata=_help("Kind of the rows. Default: told from their columns.")
+    )
+    dataset_template: Literal["alpaca", "question"] | None = field(
+        default=None,
+        metadata=_help(
+            "Form of the prompts, for rows that are questions. Default: alpaca for instruction + "
+            "output, question for the others."
+        ),
     )
     eval_dataset: list[str] | None = field(
         default=None, metadata=_help("Data to evaluate on during training.")

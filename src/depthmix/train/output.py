@@ -14,6 +14,7 @@ import yaml
 import depthmix
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
+from depthmix.files import write_text
 from depthmix.train.arguments import TrainArguments
 
 if TYPE_CHECKING:
@@ -61,10 +62,7 @@ def write_config(folder: Path, arguments: TrainArguments, row_format: str) -> No
     others = (f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
     header = f"# depthmix {depthmix.__version__}, {', '.join(others)}"
     values = {**arguments.resolved(), "dataset_format": row_format}
-    folder.mkdir(parents=True, exist_ok=True)
-    written = folder / f".{CONFIG_NAME}"
-    written.write_text(f"{header}\n{yaml.safe_dump(values, sort_keys=False)}", "utf-8")
-    written.replace(folder / CONFIG_NAME)
+    write_text(folder / CONFIG_NAME, f"{header}\n{yaml.safe_dump(values, sort_keys=False)}")
 
 
 def save(folder: Path, trainer: Trainer) -> None:

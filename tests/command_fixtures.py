@@ -1,14 +1,11 @@
 """A tiny model with a real tokenizer, and small data files, for the tests of the command line."""
 
 import json
-import os
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -5,8 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
+from depthmix.data.formats import prompt_for
+from depthmix.data.load import load_data
+from depthmix.data.template import TEMPLATES
 from depthmix.errors import DataError
-from depthmix.train.data import alpaca_prompt, load_data, prompt_for, question_prompt
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
 ALPACA = {"instruction": "Add. ", "input": "", "output": "\nA: 2 + 2 = 4.", "answer": "4"}
@@ -89,7 +91,7 @@ def test_formats_are_recognised_and_converted(tmp_path, row, format, converted):
 def test_an_alpaca_input_stands_in_the_prompt(tmp_path):
     rows = [{"instruction": "Add.", "input": "2 and 2", "output": "4"}]
     data, _ = load_data([write_json(tmp_path / "rows.json", rows)])
-    assert data[0]["prompt"] == alpaca_prompt("Add.", "2 and 2")
+    assert data[0]["prompt"] == TEMPLATES["alpaca"].prompt("Add.", "2 and 2")
     assert "### Input:\n2 and 2\n\n### Response:\n" in data[0]["prompt"]
 
 
@@ -98,7 +100,7 @@ def test_prompts_to_generate_with_are_those_of_training(tmp_path):
         data, _ = load_data([write_lines(tmp_path / "rows.jsonl", [row])])
         assert prompt_for(text, format) == data[0]["prompt"]
     assert prompt_for("as it is", "text") == "as it is"
-    assert question_prompt("x") == "Question: x\nAnswer:"
+    assert TEMPLATES["question"].prompt("x") == "Question: x\nAnswer:"
 
 
 def test_json_lines_in_a_json_file(tmp_path):

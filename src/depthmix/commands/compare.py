@@ -1,0 +1,68 @@
+"""`depthmix compare`: methods x seeds x tasks, cached and resumable, with paired intervals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from depthmix.commands.parser import Parser
+from depthmix.errors import ConfigError
+from depthmix.files import write_text
+
+_EXAMPLES = """\
+An experiment file names a model, methods (options of `depthmix train` each), seeds and tasks; see
+docs/comparing.md. A run that is done is not run again; one that was stopped begins anew.
+
+examples:
+  depthmix compare experiment.yaml
+  depthmix compare experiment.yaml --report docs/results.md
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run what is not done, then print and write what there is."""
+    arguments = _parser().parse_args(argv)
+    if arguments.workers < 1:
+        raise ConfigError("--workers must be at least 1")
+    from depthmix.compare.engine import collect, prepare, run_all
+    from depthmix.compare.experiment import read_experiment
+    from depthmix.compare.report import print_tables
+
+    experiment = read_experiment(Path(arguments.experiment))
+    cells = prepare(experiment)
+    failed = run_all(cells, arguments.workers)
+    results = collect(experiment, cells)
+    folder = Path(experiment.output_dir)
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+    print_tables(results)
+    _report(results, Path(arguments.report) if arguments.report else folder / "results.md")
+    for line in failed:
+        print(f"depthmix: failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "compare", "Compare tuning methods over seeds and tasks.", _EXAMPLES, "EXPERIMENT.yaml"
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="what to compare")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--report", help="Markdown file (default: results.md in output_dir)")
+    return parser
+
+
+def _report(results: dict[str, Any], path: Path) -> None:
+    """Write the tables as Markdown, and the plots beside them."""
+    from depthmix.compare.report import markdown, plot
+
+    if not results["runs"]:
+        return
+    picture = path.with_suffix(".png")
+    plot(results, picture)
+    command = " ".join(["depthmix", *sys.argv[1:]])
+    text = f"Made by `{command}`.\n\n{markdown(results, picture.name)}"
+    write_text(path, text)
+    print(f"figures: {path}, {picture}")

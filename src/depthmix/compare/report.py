@@ -1,0 +1,177 @@
+"""What a comparison comes to: tables on the terminal and in Markdown, and plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Run = dict[str, Any]
+
+HEADER = (
+    "method",
+    "held-out loss",
+    "better than the baseline by",
+    "accuracy",
+    "better by",
+    "trained parameters",
+    "seconds",
+    "peak GiB",
+)
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Print one table a task."""
+    for task in _tasks(results["runs"]):
+        table = Table(title=f"{task}, {_seeds(results['runs'], task)}")
+        for number, title in enumerate(HEADER):
+            table.add_column(title, justify="right" if number else "left")
+        for row in table_rows(results, task):
+            table.add_row(*row)
+        Console().print(table)
+
+
+def markdown(results: dict[str, Any], plots: str) -> str:
+    """Return the tables as Markdown, with the plots of that name and the layers' figures."""
+    parts = []
+    for task in _tasks(results["runs"]):
+        split = next(run["split"] for run in results["runs"] if run["task"] == task)
+        parts.append(f"### {task} ({split} rows, {_seeds(results['runs'], task)})\n")
+        parts.append(_markdown_table(HEADER, table_rows(results, task)))
+        layers = list(layer_rows(results["runs"], task))
+        if layers:
+            parts.append("The late layers, means over the seeds, the last layer last:\n")
+            parts.append(_markdown_table(LAYER_HEADER, layers))
+    parts.append(f"![Loss curves, and loss against trained parameters]({plots})\n")
+    return "\n".join(parts)
+
+
+def table_rows(results: dict[str, Any], task: str) -> list[tuple[str, ...]]:
+    """Return one row a method, in the order of the runs."""
+    runs = [run for run in results["runs"] if run["task"] == task]
+    rows: list[tuple[str, ...]] = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        rows.append(
+            (
+                method,
+                spread([run["loss"] for run in own], "{:.4f}"),
+                _interval(results["differences"], task, method, "loss", "{:+.4f}"),
+                spread([run["accuracy"] for run in own], "{:.3f}"),
+                _interval(results["differences"], task, method, "accuracy", "{:+.3f}"),
+                f"{own[0]['trainable_parameters']:,}",
+                f"{statistics.mean(run['seconds'] for run in own):.0f}",
+                f"{statistics.mean(run['peak_bytes'] for run in own) / 2**30:.2f}",
+            )
+        )
+    return rows
+
+
+LAYER_HEADER = (
+    "method",
+    "loss of each layer alone",
+    "tokens right, each layer alone",
+    "last wrong, another right",
+    "mean weight",
+    "router entropy",
+)
+
+
+def layer_rows(runs: list[Run], task: str) -> Iterable[tuple[str, ...]]:
+    """Yield one row a method with MoDE."""
+    own = [run for run in runs if run["task"] == task and run["gate"]]
+    for method in dict.fromkeys(run["method"] for run in own):
+        same = [run for run in own if run["method"] == method]
+        yield (
+            method,
+            _listed(_means(same, "layer_loss"), "{:.3f}"),
+            _listed(_means(same, "layer_accuracy"), "{:.3f}"),
+            f"{statistics.mean(run['rescued'] for run in same):.3f}",
+            _listed(_means(same, "gate"), "{:.3f}"),
+            f"{statistics.mean(run['entropy'] for run in same):.3f}",
+        )
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return mean and standard deviation over the seeds."""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw, a task a row: loss curves in training, and held-out loss against parameters."""
+    from matplotlib.figure import Figure
+
+    tasks = list(_tasks(results["runs"]))
+    figure = Figure(figsize=(11, 3.6 * len(tasks)), layout="constrained")
+    for row, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+        runs = [run for run in results["runs"] if run["task"] == task]
+        _plot_curves(row[0], task, runs)
+        _plot_sizes(row[1], task, runs)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_curves(axes: Axes, task: str, runs: list[Run]) -> None:
+    for method in dict.fromkeys(run["method"] for run in runs):
+        curves = [run["loss_curve"] for run in runs if run["method"] == method]
+        steps = [step for step, _ in curves[0]]
+        means = [statistics.mean(curve[i][1] for curve in curves) for i in range(len(steps))]
+        axes.plot(steps, means, label=method)
+    axes.set(title=f"{task}: loss in training", xlabel="step", ylabel="nats a token", yscale="log")
+    axes.legend(fontsize=7)
+
+
+def _plot_sizes(axes: Axes, task: str, runs: list[Run]) -> None:
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        losses = [run["loss"] for run in own]
+        error = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        size = own[0]["trainable_parameters"]
+        axes.errorbar(size, statistics.mean(losses), yerr=error, fmt="o", capsize=3, label=method)
+    axes.set(
+        title=f"{task}: held-out loss against size",
+        xlabel="trained parameters",
+        ylabel="nats a token",
+        xscale="log",
+    )
+    axes.legend(fontsize=7)
+
+
+def _tasks(runs: list[Run]) -> Iterable[str]:
+    return dict.fromkeys(run["task"] for run in runs)
+
+
+def _seeds(runs: list[Run], task: str) -> str:
+    seeds = sorted({run["seed"] for run in runs if run["task"] == task})
+    return f"seeds {', '.join(map(str, seeds))}"
+
+
+def _interval(
+    differences: list[dict[str, Any]], task: str, method: str, metric: str, form: str
+) -> str:
+    for row in differences:
+        if (row["task"], row["method"], row["metric"]) == (task, method, metric):
+            mean, low, high = (form.format(row[name]) for name in ("mean", "low", "high"))
+            return f"{mean} [{low}, {high}]"
+    return ""
+
+
+def _means(runs: list[Run], name: str) -> list[float]:
+    return [statistics.mean(values) for values in zip(*(run[name] for run in runs), strict=True)]
+
+
+def _listed(values: list[float], form: str) -> str:
+    return ", ".join(form.format(value) for value in values)
+
+
+def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = list(header)
+    lines: list[Iterable[str]] = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,82 @@
+"""One run of a comparison, in a process of its own: train as `depthmix train` does, then score.
+
+    python -m depthmix.compare.run FOLDER
+
+FOLDER holds train.yaml, train.jsonl and score.jsonl; result.json appears when all is done.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from depthmix.analysis.layers import score_rows
+from depthmix.cli import ignore_renamed_properties
+from depthmix.commands.train import fit
+from depthmix.compare.engine import RESULT, SCORED_ROWS, TRAIN
+from depthmix.files import write_text
+from depthmix.train import output
+from depthmix.train.arguments import parse
+
+PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl")
+
+
+def run(folder: Path) -> int:
+    """Train and score; return 0, or 130 when stopped by Ctrl-C."""
+    arguments = parse([str(folder / TRAIN)])
+    trainer = fit(arguments)
+    if trainer.state.global_step < trainer.state.max_steps:
+        return 130
+    model: Any = trainer.model
+    figures = {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_bytes": _peak_bytes(),
+        "seconds": _train_seconds(trainer),
+        "loss_curve": [
+            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
+        ],
+    }
+    output.save(Path(str(arguments.training.output_dir)), trainer)
+    rows = [json.loads(line) for line in (folder / SCORED_ROWS).read_text("utf-8").splitlines()]
+    scores = score_rows(model, trainer.processing_class, rows)
+    per_row = asdict(scores)
+    metrics = {
+        "loss": scores.mean_loss,
+        "accuracy": scores.accuracy,
+        **{name: per_row.pop(name) for name in _MEANS},
+        **figures,
+    }
+    result = {
+        "metrics": metrics,
+        "rows": per_row,
+        "versions": {name: version(name) for name in PACKAGES},
+        "command": " ".join(["python", "-m", "depthmix.compare.run", str(folder)]),
+    }
+    write_text(folder / RESULT, json.dumps(result))
+    return 0
+
+
+_MEANS = ("layer_loss", "layer_accuracy", "gate", "entropy", "rescued")
+
+
+def _train_seconds(trainer: Any) -> float:
+    history = trainer.state.log_history
+    return float(next(e["train_runtime"] for e in history if "train_runtime" in e))
+
+
+def _peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    ignore_renamed_properties()
+    sys.exit(run(Path(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""Rows for training and evaluation: read, checked, and put into one template's prompts."""
