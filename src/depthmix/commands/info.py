@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.loading import base_of, has_mode, is_adapter, load_base, load_saved
+from depthmix.commands.loading import base_of, has_mode, is_saved, load_base, load_saved
 from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
 from depthmix.config import MoDEConfig
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("the model or the adapter comes first: depthmix info MODEL [--key value]")
     given = read_flags(argv[1:])
     as_json = given.pop("json", None) is not None
-    report = _saved(target, given) if _is_saved(target) else _planned(target, given)
+    report = _saved(target, given) if is_saved(target) else _planned(target, given)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -60,11 +60,6 @@ def _print_help() -> None:
     }
     add_texts(parser, texts)
     parser.print_help()
-
-
-def _is_saved(target: str) -> bool:
-    """Whether a folder holds something that was tuned, and not a base model."""
-    return Path(target).is_dir() and (is_adapter(target) or has_mode(target))
 
 
 def _planned(name: str, given: dict[str, Given]) -> dict[str, Any]:

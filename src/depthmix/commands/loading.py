@@ -52,6 +52,20 @@ def load_tuned(folder: str, base: str | None) -> tuple[Any, PreTrainedTokenizerB
     return model.to(device).eval(), tokenizer
 
 
+def load_base_for_use(name: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a base model and its tokenizer, for inference; `base` takes precedence."""
+    import torch
+
+    model, tokenizer = load_base(base or name), load_tokenizer(base or name)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def is_saved(target: str) -> bool:
+    """Whether a target is what `depthmix train` saved, rather than a base model."""
+    return Path(target).is_dir() and (is_adapter(target) or has_mode(target))
+
+
 def load_saved(folder: str, base: str | None, is_trainable: bool = False) -> Any:
     """Load a saved model, with MoDE or without, onto its base model."""
     from peft import PeftModel

@@ -1,0 +1,95 @@
+"""Run lm-eval on a model: batched, cached, with standard errors and every reply kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+from depthmix.evaluate.tasks import CLEAN, LocalTask, Scoring, harness_config
+
+Results = dict[str, Any]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[LocalTask | str],
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    scoring: Scoring = "generate",
+    max_new_tokens: int = 128,
+    cache: Path | None = None,
+) -> tuple[dict[str, Results], dict[str, list[Results]]]:
+    """Score a model, MoDE attached or not.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not, on its device.
+        tokenizer: its tokenizer.
+        tasks: local tasks, or names of lm-eval's own.
+        batch_size: requests at a time; a batch gives what single requests give.
+        limit: documents of each task; None for all.
+        scoring: generate a reply and read its answer, or compare likelihoods of the answers.
+        max_new_tokens: length of a reply at most.
+        cache: file for the replies so far; a run that was stopped goes on from it. It belongs to
+            one model.
+
+    Returns:
+        Figures by task, each with its standard error, and every document with its reply by task.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
+    model.eval()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = next(model.parameters()).device
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
+    found: Any = simple_evaluate(
+        lm,
+        tasks=[
+            task
+            if isinstance(task, str)
+            else ConfigurableTask(config=harness_config(task, scoring, max_new_tokens))
+            for task in tasks
+        ],
+        batch_size=batch_size,
+        limit=limit,
+        use_cache=None if cache is None else str(cache),
+        bootstrap_iters=1000,
+    )
+    figures = {
+        name: {
+            key.partition(",")[0]: value
+            for key, value in row.items()
+            if isinstance(value, (int, float))
+        }
+        for name, row in found["results"].items()
+    }
+    samples = {name: [_kept(row) for row in rows] for name, rows in found["samples"].items()}
+    for name, rows in samples.items():
+        _count(figures[name], rows)
+    return figures, samples
+
+
+def _kept(sample: Results) -> Results:
+    """Return what is worth keeping of a sample: the prompt, the reply, the marks."""
+    document = sample["doc"]
+    kept = {
+        "prompt": document.get("prompt", sample["arguments"][0][0]),
+        "answer": str(sample["target"]),
+        "replies": sample["resps"][0] if len(sample["resps"]) == 1 else sample["resps"],
+    }
+    marks = {name: sample[name] for name in sample["metrics"]}
+    return {**kept, "clean": document.get("clean", True), **marks}
+
+
+def _count(figures: Results, rows: list[Results]) -> None:
+    figures["questions"] = len(rows)
+    if CLEAN in figures:
+        figures["clean_questions"] = sum(row["clean"] for row in rows)
