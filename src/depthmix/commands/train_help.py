@@ -14,7 +14,8 @@ from depthmix.train.options import Option, options, type_in_words
 _SUMMARY = """\
 Tune a causal language model with MoDE on a PEFT method, by TRL's SFTTrainer.
 
-Every option is a key of the YAML file and a flag; flags win. Beside those below, every field of
+Every option is a key of a YAML file and a flag; of several files the later one wins, and flags win
+over files. Beside those below, every field of
 MoDEConfig, trl.SFTConfig and trl.ModelConfig is accepted: `depthmix train --help-all` lists them.
 """
 
@@ -24,6 +25,7 @@ examples:
       --output_dir out
   depthmix train run.yaml                        keys from a file
   depthmix train run.yaml --k 4 --max_steps 100  a flag wins over the file
+  depthmix train model.yaml task.yaml --seed 2   several files
   depthmix train run.yaml --no_mode              the baseline: the tuning method alone
   depthmix train out/depthmix.yaml --resume      go on where a run was stopped
   accelerate launch -m depthmix train run.yaml   several devices
@@ -80,7 +82,7 @@ def print_help() -> None:
         "training": _TRL_TRAINING,
         "the run": {**_TRL_OUTPUT, **{name: own[name] for name in run}},
     }
-    parser = Parser("train", _SUMMARY, _EXAMPLES, usage="[CONFIG.yaml] [--key value ...]")
+    parser = Parser("train", _SUMMARY, _EXAMPLES, usage="[CONFIG.yaml ...] [--key value ...]")
     parser.add_argument("--help-all", action="store_true", help="list every option there is")
     add_texts(parser, groups)
     parser.print_help()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from depthmix.config import MoDEConfig
@@ -156,7 +157,7 @@ _LEARNING_RATES: dict[str, float] = {
 
 
 def parse(argv: Sequence[str]) -> TrainArguments:
-    """Read `[CONFIG.yaml] [--key value ...]`.
+    """Read `[CONFIG.yaml ...] [--key value ...]`.
 
     Raises:
         ConfigError: a key is unknown or a value does not fit; the message names the place.
@@ -177,10 +178,15 @@ def parse(argv: Sequence[str]) -> TrainArguments:
 
 
 def read(argv: Sequence[str]) -> dict[str, Given]:
-    """Return what the YAML file (the first argument, if it is no flag) and the flags give."""
-    if argv and not argv[0].startswith("-"):
-        return {**read_yaml(argv[0]), **read_flags(argv[1:])}
-    return read_flags(argv)
+    """Return what the YAML files (the arguments before the flags) and the flags give.
+
+    Of two that give the same key, the later one counts.
+    """
+    files = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    given: dict[str, Given] = {}
+    for file in files:
+        given |= read_yaml(file)
+    return given | read_flags(argv[len(files) :])
 
 
 def split_own(given: Mapping[str, Given]) -> tuple[RunOptions, MoDEConfig, dict[str, Given]]:
