@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,21 @@ def test_adapter_loaded_beside_another(base: LlamaForCausalLM, tmp_path: Path) -
         model.load_adapter(str(tmp_path), "other")
     model.set_adapter("other")
     assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "opt", "phi"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera"])
+def test_late_layers_only_of_every_anatomy(model_type: str, method: str) -> None:
+    """PEFT lists the targets of some types by their full names, past `layers_to_transform`."""
+    config = lora(use_dora=method == "dora")
+    if method == "ia3":
+        config = IA3Config(target_modules="all-linear", feedforward_modules=[], **CAUSAL)
+    if method == "vera":
+        config = VeraConfig(r=4, target_modules=["q_proj", "query_key_value"], **CAUSAL)
+    model = depthmix.attach(tiny_model(model_type), CONFIG, config, late_layers_only=True)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and "depthmix" not in n]
+    assert trained
+    assert {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in trained} == {1, 2, 3}
 
 
 def test_late_layers_only(base: LlamaForCausalLM) -> None:

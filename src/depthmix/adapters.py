@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import re
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -124,12 +125,20 @@ def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
         ConfigError: the tuning method cannot be restricted to some layers.
         DiscoveryError: the layers of the model were not found.
     """
-    if "layers_to_transform" not in {field.name for field in dataclasses.fields(config)}:
-        raise ConfigError(f"{type(config).__name__} cannot be restricted to the late layers")
-    anatomy = discover(causal_lm_of(model), MoDEConfig(k=k))
+    fields = {field.name for field in dataclasses.fields(config)}
     untyped: Any = config
-    untyped.layers_to_transform = list(anatomy.layer_indices)
-    untyped.layers_pattern = anatomy.layers_path.rpartition(".")[2]
+    anatomy = discover(causal_lm_of(model), MoDEConfig(k=k))
+    if "exclude_modules" in fields:
+        if untyped.exclude_modules:
+            raise ConfigError("exclude_modules is set, which is what restricts to the late layers")
+        # `layers_to_transform` is not heeded where PEFT lists targets by their full names.
+        late = "|".join(map(str, anatomy.layer_indices))
+        untyped.exclude_modules = rf"(?!{re.escape(anatomy.layers_path)}\.(?:{late})\.).*"
+    elif "layers_to_transform" in fields:
+        untyped.layers_to_transform = list(anatomy.layer_indices)
+        untyped.layers_pattern = anatomy.layers_path.rpartition(".")[2]
+    else:
+        raise ConfigError(f"{type(config).__name__} cannot be restricted to the late layers")
     return config
 
 

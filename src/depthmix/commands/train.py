@@ -49,6 +49,7 @@ def train(arguments: TrainArguments) -> int:
 
 def fit(arguments: TrainArguments) -> SFTTrainer:
     """Train to the end or to Ctrl-C, and return the trainer."""
+    from depthmix.train.caching import caching
     from depthmix.train.interrupt import stopping_on_interrupt
 
     folder = Path(str(arguments.training.output_dir))
@@ -60,7 +61,7 @@ def fit(arguments: TrainArguments) -> SFTTrainer:
     if trainer.is_world_process_zero():
         output.write_config(folder, arguments, row_format)
         print(*notes, sep="\n", end="\n" if notes else "")
-    with stopping_on_interrupt(trainer):
+    with caching(arguments, trainer), stopping_on_interrupt(trainer):
         _fit(trainer, checkpoint)
     return trainer
 

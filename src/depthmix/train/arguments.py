@@ -105,6 +105,16 @@ class RunOptions:
     norm_learning_rate: float | None = field(
         default=None, metadata=_help("Learning rate of MoDE's norms.")
     )
+    cache: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata=_help(
+            "Store what the frozen layers give, and read it in later epochs. auto: where nothing "
+            "below the late layers is trained and rows come back."
+        ),
+    )
+    cache_dir: str | None = field(
+        default=None, metadata=_help("Folder of the caches. Default: ~/.cache/depthmix.")
+    )
     resume: bool = field(
         default=False, metadata=_help("Go on from the last checkpoint in output_dir.")
     )
@@ -113,8 +123,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.method == "none" and not self.mode:
             raise ConfigError("method none trains MoDE alone; with mode false nothing is trained")
-        if self.late_layers_only and self.method not in ("lora", "dora", "vera"):
-            raise ConfigError(f"late_layers_only needs lora, dora or vera, not {self.method}")
+        if self.late_layers_only and self.method not in ("lora", "dora", "ia3", "vera"):
+            raise ConfigError(f"late_layers_only needs lora, dora, ia3 or vera, not {self.method}")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other")
 
