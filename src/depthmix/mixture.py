@@ -111,8 +111,10 @@ class LayerAdaptation(nn.Module):
             self.bias = nn.Parameter(torch.zeros(k, d))
         if config.adaptation == "low_rank":
             rank = min(config.adaptation_rank, d)
-            # As in LoRA: one factor random, one zero, so that the product starts at zero.
-            self.down = nn.Parameter(torch.randn(k, d, rank) / d**0.5)
+            # As in LoRA: one factor random, one zero, so that the product starts at zero. Drawn
+            # apart, so that with one seed the tuning method starts alike with MoDE and without.
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+            self.down = nn.Parameter(torch.randn(k, d, rank, generator=generator) / d**0.5)
             self.up = nn.Parameter(torch.zeros(k, rank, d))
         self._adaptation = config.adaptation
 

@@ -109,7 +109,7 @@ def test_steps_imply_their_strategy(required):
         ("load_in_4bit: true\nload_in_8bit: true", "ModelConfig: You can't use 8 bit and 4 bit"),
         ("fp16: true\nbf16: true\nuse_cpu: true", "SFTConfig: .*[Aa]t most one of fp16 and bf16"),
         ("mode: false\nmethod: none", "with mode false nothing is trained"),
-        ("late_layers_only: true\nmethod: ia3", "late_layers_only needs lora"),
+        ("late_layers_only: true\nmethod: prompt_tuning", "late_layers_only needs lora"),
         ("resume: true\noverwrite: true", "exclude each other"),
         ("eval_strategy: epoch", "there is no eval_dataset"),
     ],
