@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from depthmix.bench.batch import IGNORED, make_batch
+from depthmix.bench.batch import IGNORED, make_batch, real_lengths
 from depthmix.bench.loss import NAIVE, OURS, Shape, losses
 from depthmix.bench.measure import CountHead, in_fresh_process, median_seconds, peak_bytes
 
@@ -54,7 +54,7 @@ def test_medians_are_taken_in_turn():
 
 
 def test_batch_supervises_answers_only():
-    batch = make_batch(3, V, torch.device("cpu"), longest=40)
+    batch = make_batch(real_lengths(3, longest=40), V, torch.device("cpu"))
     mask, labels = batch["attention_mask"].bool(), batch["labels"]
     assert batch["input_ids"].shape[1] <= 40
     assert (labels[~mask] == IGNORED).all()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from depthmix.bench.batch import IGNORED, make_batch
+from depthmix.bench.batch import IGNORED, make_batch, real_lengths
 from depthmix.bench.loss import Shape
 from depthmix.cli import main
 
@@ -27,7 +27,7 @@ def test_states_that_each_method_projects(results):
     steps = {name: (row["projected"], row["pulled_back"]) for name, row in results["step"].items()}
     import torch
 
-    labels = make_batch(ROWS, 300, torch.device("cpu"), LONGEST)["labels"]
+    labels = make_batch(real_lengths(ROWS, LONGEST), 300, torch.device("cpu"))["labels"]
     all_tokens, supervised = labels.numel(), int((labels[:, 1:] != IGNORED).sum())
     sampled = round(0.25 * supervised)
     native = ROWS  # the model's own head projects one position a row

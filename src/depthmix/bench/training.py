@@ -33,15 +33,13 @@ class Setting:
 
     Attributes:
         model: folder or hub name.
+        lengths: tokens of question and answer of the rows of the batch.
         k: late layers.
-        rows: rows of a batch.
-        longest: most tokens of a row; None for real lengths.
     """
 
     model: str
+    lengths: list[tuple[int, int]]
     k: int = 3
-    rows: int = 8
-    longest: int | None = None
 
 
 def measure_steps(
@@ -81,7 +79,7 @@ def build(name: str, setting: Setting) -> tuple[PreTrainedModel, Step]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(trainer_class, model, setting, folder)
     optimizer = trainer.create_optimizer()
-    batch = make_batch(setting.rows, model.config.vocab_size, trainer.args.device, setting.longest)
+    batch = make_batch(setting.lengths, model.config.vocab_size, trainer.args.device)
     supervised = (batch["labels"][:, 1:] != IGNORED).sum()
     model.train()
 

@@ -93,10 +93,12 @@ Measured = tuple[str, Any, str | None, dict[str, float]]
 
 
 def _step(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.batch import real_lengths
     from depthmix.bench.ratios import step_ratios
     from depthmix.bench.training import LORA, VARIANTS, Setting, measure_steps
 
-    setting = Setting(arguments.model, arguments.k, arguments.rows, arguments.longest)
+    lengths = real_lengths(arguments.rows, arguments.longest)
+    setting = Setting(arguments.model, lengths, arguments.k)
     figures = measure_steps(setting, list(VARIANTS), arguments.repeats)
     title = f"one training step, {arguments.rows} rows of GSM8K's lengths"
     return title, figures, LORA, step_ratios(figures)

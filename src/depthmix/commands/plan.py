@@ -1,0 +1,161 @@
+"""`depthmix plan`: what tuning a model takes, before it is downloaded or a GPU is rented."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from depthmix.commands.parser import Parser
+from depthmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from depthmix.plan.memory import Batch, Bill
+
+_EXAMPLES = """\
+examples:
+  depthmix plan meta-llama/Llama-2-70b-hf --gpus 8 --sharding fsdp --rows 1 --length 2048
+  depthmix plan HuggingFaceTB/SmolLM2-135M-Instruct --dtype float32 --check
+
+Only the configuration of the model is read. --check measures a training step on this machine, which
+loads the weights, and prints how far off the prediction is.
+"""
+
+_GIB = 2**30
+
+
+def run(argv: Sequence[str]) -> int:
+    """Count and print."""
+    arguments = _parser().parse_args(argv)
+    batch, trunks, bills = _plan(arguments)
+    if arguments.json:
+        print(json.dumps({name: asdict(bill) for name, bill in bills.items()}, indent=1))
+    else:
+        _print(arguments, batch, trunks, bills)
+    if arguments.check:
+        _check(arguments, bills)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("plan", "Tell what tuning a model takes, from its configuration.", _EXAMPLES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or hub name; its weights are not loaded")
+    add("--k", type=int, default=3, help="late layers (default: 3)")
+    add("--lora-r", type=int, default=16, help="rank of LoRA on all linear layers (default: 16)")
+    add("--rows", type=int, default=1, help="rows of a batch on each device (default: 1)")
+    add("--length", type=int, default=1024, help="tokens of a row (default: 1024)")
+    add("--supervised", type=float, default=0.5, help="share that is supervised (default: 0.5)")
+    add(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of weights"
+    )
+    add("--gpus", type=int, default=1, help="number of devices (default: 1)")
+    add("--sharding", choices=["none", "fsdp"], default="none", help="of weights over devices")
+    add("--cached-tokens", type=int, default=10**6, help="training tokens, for the cache's size")
+    add("--check", action="store_true", help="measure a step here and print the error")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[str, Bill]]:
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoConfig
+
+    from depthmix.config import MoDEConfig
+    from depthmix.plan.memory import METHODS, Batch, bill
+    from depthmix.plan.trunk import METHODS as TRUNKS
+    from depthmix.plan.trunk import count_trunk
+
+    try:
+        config = AutoConfig.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {arguments.model}: no configuration: {error}") from error
+    dtype = getattr(torch, arguments.dtype)
+    mode = MoDEConfig(k=arguments.k)
+    shards = arguments.gpus if arguments.sharding == "fsdp" else 1
+    batch = Batch(arguments.rows, arguments.length, arguments.supervised, dtype, shards)
+    trunks = {
+        method: count_trunk(
+            config,
+            method,
+            rows=arguments.rows,
+            length=arguments.length,
+            k=arguments.k,
+            rank=arguments.lora_r,
+            dtype=dtype,
+        )
+        for method in tqdm(TRUNKS, desc="counting", unit="method", leave=False)
+    }
+    bills = {
+        name: bill(trunks[trunk], mode if with_mode else None, batch)
+        for name, (trunk, with_mode) in METHODS.items()
+    }
+    return batch, trunks, bills
+
+
+def _print(
+    arguments: argparse.Namespace, batch: Batch, trunks: dict[str, Any], bills: dict[str, Bill]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    trunk = trunks["none"]
+    table = Table(
+        title=f"{arguments.model}: {trunk.parameters:,} parameters, {arguments.dtype}; GiB on each "
+        f"of {arguments.gpus} devices ({arguments.sharding} sharding), "
+        f"{batch.rows} x {batch.length} tokens; MiB of the adapter, GFLOP a token"
+    )
+    table.add_column("method", no_wrap=True)
+    parts = ("weights", "gradients", "optimizer", "activations", "loss", "total")
+    titles = ("weights", "grads", "optim", "act.", "loss", "total")
+    for title in ("trained", "MiB", *titles, "GFLOP"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, bill in bills.items():
+        sizes = [f"{getattr(bill, part) / _GIB:.2f}" for part in parts]
+        table.add_row(
+            name,
+            f"{bill.trained / 1e6:.2f} M",
+            f"{bill.adapter_bytes / 2**20:.1f}",
+            *sizes,
+            f"{bill.train_flops / 1e9:.2f}",
+        )
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    cached = arguments.cached_tokens * trunk.width * batch.dtype.itemsize
+    lora, ours = bills["lora"], bills["lora+mode"]
+    console.print(
+        f"decoding: {lora.decode_flops / 1e9:.2f} GFLOP a token, with MoDE "
+        f"{ours.decode_flops / lora.decode_flops:.4f} times that; keys and values "
+        f"{trunk.kv_bytes / _GIB:.2f} GiB for this batch"
+    )
+    console.print(
+        f"cached depth: {cached / _GIB:.2f} GiB on disk for {arguments.cached_tokens:,} tokens"
+    )
+
+
+def _check(arguments: argparse.Namespace, bills: dict[str, Bill]) -> None:
+    """Measure the peak of a step with rows of that length and print the error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from depthmix.bench.measure import in_fresh_process
+    from depthmix.bench.training import Setting, first_step_peak
+
+    answer = round(arguments.length * arguments.supervised)
+    lengths = [(arguments.length - answer, answer)] * arguments.rows
+    setting = Setting(arguments.model, lengths, arguments.k)
+    table = Table("method", "predicted MiB", "measured MiB", "error", title="a step beside weights")
+    for name in ("lora", "lora+mode", "late-lora+mode", "mode"):
+        measured = in_fresh_process(first_step_peak, name, setting)
+        predicted = bills[name].step_bytes
+        table.add_row(
+            name,
+            f"{predicted / 2**20:.0f}",
+            f"{measured / 2**20:.0f}",
+            f"{predicted / measured - 1:+.0%}",
+        )
+    Console().print(table)

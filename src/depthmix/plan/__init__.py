@@ -1,0 +1,1 @@
+"""What training and decoding will take, from a model's configuration alone."""
