@@ -15,7 +15,7 @@ ROWS, LONGEST, K = 2, 24, 3
 def results(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     options = ["--rows", ROWS, "--longest", LONGEST, "--k", K, "--repeats", 1]
-    arguments = ["bench", "--model", tiny, "--parts", "step", "decode", *map(str, options)]
+    arguments = ["bench", "--model", tiny, "--parts", "step", "decode", "cache", *map(str, options)]
     files = ["--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
     with pytest.warns(FutureWarning):  # peft and trl call names that transformers renames
         assert main([*arguments, *files]) == 0
@@ -48,6 +48,8 @@ def test_ratios_are_written_with_what_made_them(results):
         "peak_vs_hf_lora",
         "decode_vs_merged",
         "prefill_vs_merged",
+        "cached_epoch_vs_lora",
+        "first_epoch_vs_uncached",
     }
     lora, ours = results["step"]["lora"], results["step"]["lora+mode"]
     assert results["ratios"]["step_vs_hf_lora"] == ours["seconds"] / lora["seconds"]

@@ -30,7 +30,7 @@ def real_lengths(rows: int, longest: int | None = None) -> list[tuple[int, int]]
 
 
 def make_batch(
-    lengths: Sequence[tuple[int, int]], vocabulary: int, device: torch.device
+    lengths: Sequence[tuple[int, int]], vocabulary: int, device: torch.device, seed: int = 0
 ) -> dict[str, Int[Tensor, "b t"]]:
     """Return random tokens in rows of such lengths, padded right, questions not supervised.
 
@@ -38,9 +38,10 @@ def make_batch(
         lengths: tokens of question and of answer of each row.
         vocabulary: tokens are drawn from it.
         device: where the tensors go.
+        seed: of the tokens.
     """
     rows, width = len(lengths), max(question + answer for question, answer in lengths)
-    ids = torch.randint(vocabulary, (rows, width), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (rows, width), generator=torch.Generator().manual_seed(seed))
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for i, (question, answer) in enumerate(lengths):
         mask[i, : question + answer] = 1

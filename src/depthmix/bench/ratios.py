@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthmix.bench import decoding, loss, training
+from depthmix.bench import decoding, epoch, loss, training
 
 Figures = dict[str, dict[str, Any]]
 
@@ -26,6 +26,16 @@ def loss_ratios(losses: Figures) -> dict[str, float]:
     return {
         "loss_memory_vs_naive": ours["peak_bytes"] / naive["peak_bytes"],
         "loss_time_vs_naive": ours["seconds"] / naive["seconds"],
+    }
+
+
+def epoch_ratios(epochs: Figures) -> dict[str, float]:
+    """Return the time of an epoch from cached depth against LoRA's, and of the first epoch."""
+    return {
+        "cached_epoch_vs_lora": epochs[epoch.LATER]["seconds"]
+        / epochs[epoch.LORA_EPOCH]["seconds"],
+        "first_epoch_vs_uncached": epochs[epoch.FIRST]["seconds"]
+        / epochs[epoch.UNCACHED]["seconds"],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,22 +74,28 @@ def first_step_peak(name: str, setting: Setting) -> int:
 
 
 def build(name: str, setting: Setting) -> tuple[PreTrainedModel, Step]:
-    """Return a variant's model and one training step of it, optimiser included."""
+    """Return a variant's model and one training step of it on one batch, optimiser included."""
+    model, step = prepared(name, setting)
+    batch = make_batch(setting.lengths, model.config.vocab_size, next(model.parameters()).device)
+    return causal_lm_of(model), partial(step, batch)
+
+
+def prepared(name: str, setting: Setting) -> tuple[Any, Callable[[dict[str, Tensor]], None]]:
+    """Return a variant's model, on its device, and a training step of any batch."""
     torch.manual_seed(0)
     model, trainer_class = VARIANTS[name](load_base(setting.model), setting.k)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(trainer_class, model, setting, folder)
     optimizer = trainer.create_optimizer()
-    batch = make_batch(setting.lengths, model.config.vocab_size, trainer.args.device)
-    supervised = (batch["labels"][:, 1:] != IGNORED).sum()
     model.train()
 
-    def step() -> None:
+    def step(batch: dict[str, Tensor]) -> None:
+        supervised = (batch["labels"][:, 1:] != IGNORED).sum()
         trainer.training_step(model, dict(batch), supervised)
         optimizer.step()
         optimizer.zero_grad()
 
-    return causal_lm_of(model), step
+    return model, step
 
 
 def _trainer(trainer_class: type[Trainer], model: Any, setting: Setting, folder: str) -> Trainer:

@@ -16,7 +16,7 @@ from depthmix.commands.parser import Parser
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 
-PARTS = ("step", "loss", "decode", "growth")
+PARTS = ("step", "loss", "decode", "cache", "growth")
 PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "accelerate")
 
 _EXAMPLES = """\
@@ -25,6 +25,7 @@ parts:
           states multiplied with the LM head's weight, gradients pulled back through it
   loss    the loss of MoDE alone against the naive one, 1,024 tokens at V = 49,152
   decode  prefill and one token: base, merged LoRA, the same with MoDE, k naive heads
+  cache   an epoch of late-layer LoRA + MoDE from cached states against an epoch of LoRA
   growth  the loss as vocabulary, k and tokens grow
 
 examples:
@@ -131,7 +132,20 @@ def _growth(arguments: argparse.Namespace) -> Measured:
     return "", measure_growth(arguments.full, memory // 3), None, {}
 
 
-_RUN = {"step": _step, "loss": _loss, "decode": _decode, "growth": _growth}
+def _cache(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.batch import real_lengths
+    from depthmix.bench.epoch import LORA_EPOCH, measure_epochs
+    from depthmix.bench.ratios import epoch_ratios
+    from depthmix.bench.training import Setting
+
+    lengths = real_lengths(2 * arguments.rows, arguments.longest)
+    setting = Setting(arguments.model, lengths, arguments.k)
+    figures = measure_epochs(setting, arguments.rows, 1 + arguments.repeats)
+    title = f"an epoch of {len(lengths)} rows, late-layer LoRA + MoDE against LoRA"
+    return title, figures, LORA_EPOCH, epoch_ratios(figures)
+
+
+_RUN = {"step": _step, "loss": _loss, "decode": _decode, "cache": _cache, "growth": _growth}
 
 
 def _made_by(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
