@@ -217,11 +217,21 @@ def without_final_norm(name):
 
 
 @pytest.mark.parametrize("name", ["bart", "openai-gpt"])
-def test_models_without_a_final_norm_are_refused(name):
-    model = without_final_norm(name)
+def test_models_without_a_final_norm_mix_the_states_as_they_are(name):
+    found = discover(without_final_norm(name), MoDEConfig(k=2))
+    assert not found.has_norm
+    assert found.norm_path == found.layer_paths[-1]
+
+
+def test_unclear_structure_is_refused_and_left_as_it_was():
+    model = tiny_model("llama")
+    between = model.model.register_forward_hook(
+        lambda _m, _a, out: type(out)(last_hidden_state=out.last_hidden_state.sin())
+    )
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(DiscoveryError, match=r"last layer, \S+ \(1, 5, 32\).*no final norm"):
         depthmix.attach(model, MoDEConfig(k=2))
+    between.remove()
     assert model.state_dict().keys() == before.keys()
     assert not any(module._forward_hooks for module in model.modules())
 

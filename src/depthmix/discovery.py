@@ -31,7 +31,8 @@ class Anatomy:
     Attributes:
         layers_path: module path of the list of layers.
         layer_indices: places of the k late layers in that list, the last layer last.
-        norm_path: module path of the final norm.
+        norm_path: module path of the final norm, or of the last layer where there is no norm.
+        has_norm: whether there is a final norm; without one, late states are taken as they are.
         head_path: module path of the LM head.
         head_scale: constant between the norm's output and the head's input.
         logit_transform: what the model does to the head's output.
@@ -42,6 +43,7 @@ class Anatomy:
     layers_path: str
     layer_indices: tuple[int, ...]
     norm_path: str
+    has_norm: bool
     head_path: str
     head_scale: float
     logit_transform: LogitTransform
@@ -77,6 +79,7 @@ def discover(model: PreTrainedModel, config: MoDEConfig) -> Anatomy:
         layers_path=layers_path,
         layer_indices=tuple(range(count - config.k, count)),
         norm_path=paths[norm],
+        has_norm=norm is not layers[-1],
         head_path=paths[head],
         head_scale=_constant_ratio(probe.outputs[norm], probe.head_input) or 1.0,
         logit_transform=probe.logit_transform,
@@ -177,7 +180,8 @@ def _final_norm(
 ) -> nn.Module:
     """Return the module that turns the last layer's output into what the head gets.
 
-    The outermost such module, so that a norm which a tuning method has wrapped is taken whole.
+    The outermost such module, so that a norm which a tuning method has wrapped is taken whole; the
+    last layer itself, where the head gets its output.
     """
     last_state = probe.outputs[layers[-1]]
     inside = set(layers.modules())
@@ -191,6 +195,9 @@ def _final_norm(
         and _constant_ratio(output, probe.head_input) is not None
         and path in (None, paths[module])
     ]
+    untouched = _constant_ratio(last_state, probe.head_input) is not None
+    if not matches and untouched and path is None:
+        return layers[-1]
     if not matches:
         raise DiscoveryError(
             f"{f'norm_path {path!r} is not' if path else 'found no'} module that turns the output "

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -32,6 +33,8 @@ from depthmix.objective import Objective, training_objective
 from depthmix.statistics import TrainingStatistics
 
 RUNTIME_NAME = "depthmix_runtime"  # attribute of the causal LM
+# What a profiler shows of depthmix.
+MIXTURE_LABEL, LOSS_LABEL = "depthmix: mixture", "depthmix: loss"
 IGNORED = -100  # label of a token that is not supervised
 
 TrainerKind = Literal["sft", "other"]
@@ -101,6 +104,8 @@ class Runtime:
         self.statistics = TrainingStatistics(anatomy.layer_indices)
         self.hold_router = False
         self.trainer: TrainerKind | None = None
+        # A norm in the head's own module (BERT) gets only the positions that are to be kept.
+        self._norm_sees_all = anatomy.norm_path.startswith(f"{causal_lm.base_model_prefix}.")
         self._forward_names = list(inspect.signature(type(causal_lm).forward).parameters)[1:]
         norm = causal_lm.get_submodule(anatomy.norm_path)
         layers = [causal_lm.get_submodule(path) for path in anatomy.layer_paths]
@@ -156,13 +161,13 @@ class Runtime:
         )
         taken = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
         kwargs = {name: value for name, value in kwargs.items() if name not in taken}
-        if "logits_to_keep" in self._forward_names:
+        if "logits_to_keep" in self._forward_names and self._norm_sees_all:
             kwargs["logits_to_keep"] = 1
         return (), kwargs
 
     def on_norm(
-        self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
+        self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Return the mixture in place of the last layer's normed state."""
         states = [tap.take() for tap in self.taps]
         mixture = self.mixture()
@@ -172,15 +177,20 @@ class Runtime:
             return None  # an early exit (`assistant_early_exit`): a draft without the late layers
         self._check_taps(states)
         # What the norm gets is the last layer's state.
-        late = [state.to(output.device) for state in states[:-1] if state is not None]
+        last = first_tensor(output)
+        assert last is not None
+        late = [
+            state[:, -last.shape[1] :].to(last.device) for state in states[:-1] if state is not None
+        ]
         if self.supervision is not None:
-            self._keep_supervised(norm, late, args, kwargs, output)
+            self._keep_supervised(norm, late, args, kwargs, last)
             return None
-        normed = [_call_again(norm, state, args, kwargs) for state in late]
-        mixed, gate = mixture(torch.stack([*normed, output], dim=-2))
+        with record_function(MIXTURE_LABEL):
+            normed = [self._normed(norm, state, args, kwargs) for state in late]
+            mixed, gate = mixture(torch.stack([*normed, last], dim=-2))
         for gates in self.records:
             gates.append(gate.detach())
-        return mixed  # type: ignore[no-any-return]
+        return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
 
     def after_forward(
         self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any
@@ -189,7 +199,8 @@ class Runtime:
         supervision, self.supervision = self.supervision, None
         if supervision is None or output is None:  # None: the forward raised
             return None
-        objective = self._objective(supervision)
+        with record_function(LOSS_LABEL):
+            objective = self._objective(supervision)
         self.statistics.add(objective)
         if supervision.fused:
             return _fused_output(objective, supervision, output)
@@ -207,11 +218,17 @@ class Runtime:
         supervision = self.supervision
         assert supervision is not None
         positions = supervision.positions.to(output.device)
-        normed = [_call_again(norm, _rows(state, positions), args, kwargs) for state in late]
+        normed = [self._normed(norm, _rows(state, positions), args, kwargs) for state in late]
         supervision.normed = torch.stack([*normed, _rows(output, positions)], dim=-2)
         device_type = output.device.type
         if torch.is_autocast_enabled(device_type):
             supervision.autocast_dtype = torch.get_autocast_dtype(device_type)
+
+    def _normed(
+        self, norm: nn.Module, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Apply the final norm, if there is one, to another state."""
+        return _call_again(norm, state, args, kwargs) if self.anatomy.has_norm else state
 
     def _check_taps(self, states: list[Tensor | None]) -> None:
         missing = [

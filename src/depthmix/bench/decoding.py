@@ -41,6 +41,15 @@ def measure_decoding(
     }
 
 
+def decoding_calls(model: str, k: int, prompt: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """Return a prefill and a decoding of so many tokens, with MoDE beside a merged LoRA."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    forward = _merged(load_base(model), k).to(device).eval()
+    ids = torch.arange(prompt, device=device).unsqueeze(0) % forward.config.vocab_size
+    prefill, decode = torch.no_grad()(_prefill(forward, ids)), _decode(forward, ids, tokens)
+    return {"prefill": prefill, "decoding": torch.no_grad()(decode)}
+
+
 def _merged(model: Any, k: int | None) -> Any:
     """Return the model with a LoRA merged into it, and MoDE beside it if k is given."""
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")

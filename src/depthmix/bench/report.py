@@ -18,6 +18,8 @@ MIB = 2**20
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("seconds", lambda value: f"{value:.3f}"),
     "peak_bytes": ("peak MiB", lambda value: f"{value / MIB:.0f}"),
+    "ours_seconds": ("ours", lambda value: f"{value:.4f}"),
+    "share": ("share", lambda value: f"{value:.2%}"),
     "projected": ("projected", str),
     "pulled_back": ("pulled back", str),
     "largest_logits_bytes": ("logits MiB", lambda value: f"{value / MIB:.1f}"),

@@ -16,7 +16,7 @@ from depthmix.commands.parser import Parser
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 
-PARTS = ("step", "loss", "decode", "cache", "growth")
+PARTS = ("step", "loss", "decode", "cache", "shares", "growth")
 PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "accelerate")
 
 _EXAMPLES = """\
@@ -26,6 +26,7 @@ parts:
   loss    the loss of MoDE alone against the naive one, 1,024 tokens at V = 49,152
   decode  prefill and one token: base, merged LoRA, the same with MoDE, k naive heads
   cache   an epoch of late-layer LoRA + MoDE from cached states against an epoch of LoRA
+  shares  what part of a step, a prefill and a token is depthmix's own work, by the profiler
   growth  the loss as vocabulary, k and tokens grow
 
 examples:
@@ -145,7 +146,24 @@ def _cache(arguments: argparse.Namespace) -> Measured:
     return title, figures, LORA_EPOCH, epoch_ratios(figures)
 
 
-_RUN = {"step": _step, "loss": _loss, "decode": _decode, "cache": _cache, "growth": _growth}
+def _shares(arguments: argparse.Namespace) -> Measured:
+    from depthmix.bench.batch import real_lengths
+    from depthmix.bench.shares import measure_shares
+    from depthmix.bench.training import Setting
+
+    setting = Setting(arguments.model, real_lengths(arguments.rows, arguments.longest), arguments.k)
+    figures = measure_shares(setting, arguments.longest or 256, tokens=8)
+    return "what is depthmix's own", figures, "training step", {}
+
+
+_RUN = {
+    "step": _step,
+    "loss": _loss,
+    "decode": _decode,
+    "cache": _cache,
+    "shares": _shares,
+    "growth": _growth,
+}
 
 
 def _made_by(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _modules(model: nn.Module) -> dict[str, Any]:
     return {
         "layers": anatomy.layers_path,
         "late layers": list(anatomy.layer_indices),
-        "final norm": anatomy.norm_path,
+        "final norm": anatomy.norm_path if anatomy.has_norm else "none",
         "head": anatomy.head_path,
         "scale before the head": anatomy.head_scale,
         "after the head": _in_words(anatomy.logit_transform),

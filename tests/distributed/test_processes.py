@@ -1,0 +1,54 @@
+"""Two real processes give the parameters of one: DDP, uneven batches, accumulation, resume."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def train(out, processes, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(WORKER), str(out), *options]
+    if processes == 1:
+        command = [sys.executable, str(WORKER), str(out), *options]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out / "final/adapter_model.safetensors")
+
+
+def assert_same(a, b, atol=1e-5):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(
+            tensor, b[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of one process with the whole batch."""
+    out = tmp_path_factory.mktemp("one")
+    return train(out, 1, "--batch", "4"), torch.load(out / "log.pt")
+
+
+def test_two_processes_are_one(one, tmp_path):
+    parameters, log = one
+    assert_same(parameters, train(tmp_path, 2, "--batch", "2"))
+    two = torch.load(tmp_path / "log.pt")
+    for name in ("ce_loss", "distill_loss", "router_entropy", "router_weight/layer_3"):
+        assert two[0][name] == pytest.approx(log[0][name], rel=1e-4), name
+
+
+def test_process_without_a_supervised_token(tmp_path):
+    one = train(tmp_path / "one", 1, "--batch", "4", "--uneven")
+    assert_same(one, train(tmp_path / "two", 2, "--batch", "2", "--uneven"))
+
+
+def test_resume_on_another_number_of_processes(one, tmp_path):
+    train(tmp_path, 2, "--batch", "2", "--stop-after", "2")
+    assert_same(one[0], train(tmp_path, 1, "--batch", "4", "--resume"))

@@ -1,0 +1,22 @@
+"""MoDE on the types that users name; `make models` checks all types and writes docs/models.json."""
+
+import json
+
+import pytest
+
+from conformance import DOCS, check
+
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "mixtral"),
+    *("phi", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "olmo2", "cohere2", "granite"),
+    *("smollm3", "deepseek_v2", "deepseek_v3", "glm4", "mamba", "mamba2"),
+    *("bart", "openai-gpt", "bert"),  # no final norm; a head of several layers
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_checks_hold(model_type):
+    result = check(model_type)
+    assert (result.status, result.reason) == ("ok", "")
+    assert json.loads((DOCS / "models.json").read_text())[model_type]["status"] == "ok"
