@@ -1,7 +1,7 @@
 # `make` alone lists the targets. Everything runs in .venv, which `make setup` builds.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check types bench format clean
+.PHONY: help setup demo test check types bench models format clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -52,6 +52,9 @@ types: setup ## types alone
 bench: setup ## measure time and memory against what one would use instead (ARGS passes options)
 	$(VENV)/bin/depthmix bench --model $$($(PYTHON) examples/embedded_model.py) \
 		--json bench.json --plot bench.png $(ARGS)
+
+models: setup ## check every type of causal model and write docs/models.json, docs/models.md
+	PYTHONPATH=tests $(PYTHON) tests/conformance.py
 
 format: setup ## format the code and mend what ruff can mend
 	$(PYTHON) -m ruff format $(SOURCES)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+import depthmix
 from depthmix.compare.experiment import Experiment
 from depthmix.compare.rows import TaskRows, digest, load_rows
 from depthmix.files import write_text
@@ -52,6 +53,7 @@ def prepare(experiment: Experiment) -> list[Cell]:
 
 
 def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
+    version = depthmix.__version__
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
@@ -64,7 +66,7 @@ def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
                     "dataset_format": "prompt_completion",
                     "seed": seed,
                 }
-                name = f"{task}-{method}-{seed}-{digest([options, training, scored])}"
+                name = f"{task}-{method}-{seed}-{digest([version, options, training, scored])}"
                 folder = Path(experiment.output_dir) / "runs" / name
                 _write(folder, options, training, scored)
                 yield Cell(task, method, seed, folder)

@@ -36,16 +36,16 @@ def param_groups(
         weight_decay: for the tuning method's matrices. MoDE's parameters have none.
     """
     rates = {"router": router_lr, "norm": norm_lr}
-    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[str | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = _part(name)
         decay = weight_decay if part is None and parameter.ndim > 1 else 0.0
-        members.setdefault((rates.get(part or "", lr), decay), []).append(parameter)
+        members.setdefault((part, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in members.items()
+        {"params": parameters, "lr": rates.get(part or "", lr), "weight_decay": decay}
+        for (part, decay), parameters in members.items()
     ]
 
 
