@@ -76,6 +76,20 @@ def test_one_hot_gate_returns_the_last_layer_bit_for_bit(config, dtype):
     assert torch.equal(mixture(normed)[0], normed[..., -1, :])
 
 
+def test_start_is_seeded_and_leaves_the_tuning_method_its_random_numbers():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = DepthMixture(MoDEConfig(adaptation="low_rank"), 8, {})
+    assert torch.equal(torch.rand(2), expected)
+    torch.manual_seed(3)
+    again = DepthMixture(MoDEConfig(adaptation="low_rank"), 8, {})
+    assert torch.equal(first.norm.down, again.norm.down)
+    torch.manual_seed(4)
+    other = DepthMixture(MoDEConfig(adaptation="low_rank"), 8, {})
+    assert not torch.equal(first.norm.down, other.norm.down)
+
+
 @pytest.mark.parametrize("adaptation", ["norm", "none", "affine", "low_rank"])
 def test_adaptation_starts_as_the_identity(adaptation):
     mixture = make(perturbed=False, adaptation=adaptation)

@@ -1,0 +1,1 @@
+"""Export: a folder that transformers loads without depthmix."""

@@ -1,0 +1,81 @@
+"""`export_model`: merge the tuning method, and write weights, configuration and modelling code."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+import depthmix
+from depthmix.adapters import MODULE_NAME, causal_lm_of
+from depthmix.errors import ConfigError, DepthmixError
+from depthmix.runtime import runtime_of
+
+_TEMPLATE = Path(__file__).with_name("modeling.py.txt")
+_MODULE = "modeling_depthmix"
+
+
+def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a self-contained folder.
+
+    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it where depthmix
+    is not installed; the logits are those of the merged model. It is for inference: trained
+    further, it learns the plain cross-entropy of the mixture, without distillation.
+
+    Args:
+        model: a model with MoDE, PEFT-wrapped or not; the tuning method is merged in place.
+        tokenizer: saved beside it.
+        folder: must not exist, or be empty.
+
+    Raises:
+        ConfigError: the folder holds something, or the model is of a class of its own.
+        DepthmixError: no MoDE is attached, or the tuning method cannot be merged.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty")
+    runtime = runtime_of(model)
+    causal_lm = _merged(model)
+    mixture = runtime.mixture()
+    if mixture is None or mixture.config.k == 1:
+        raise DepthmixError("there is no mixture to export: k is 1, or MoDE is switched off")
+    base = type(causal_lm)
+    if not base.__module__.startswith("transformers."):
+        raise ConfigError(f"{base.__name__} is no class of transformers: its code is not there")
+    anatomy, config = runtime.anatomy, mixture.config
+    causal_lm.config.depthmix = {
+        "k": config.k,
+        "layers": list(anatomy.layer_paths),
+        "norm": anatomy.norm_path,
+        "has_norm": anatomy.has_norm,
+        "adaptation": config.adaptation,
+        "router_input": config.router_input,
+        "router_top_k": config.router_top_k,
+        "prior": mixture.router.prior.tolist(),
+        "parameters": {name: list(p.shape) for name, p in mixture.named_parameters()},
+    }
+    causal_lm.config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.DepthMixForCausalLM"}
+    staging = folder.with_name(f".{folder.name}.exporting")
+    shutil.rmtree(staging, ignore_errors=True)
+    weights = {n: t for n, t in causal_lm.state_dict().items() if n != f"{MODULE_NAME}.spec"}
+    causal_lm.save_pretrained(staging, state_dict=weights)
+    code = _TEMPLATE.read_text("utf-8").format(
+        base=base.__name__, module=base.__module__, version=depthmix.__version__
+    )
+    (staging / f"{_MODULE}.py").write_text(code, "utf-8")
+    tokenizer.save_pretrained(staging)
+    if folder.exists():
+        folder.rmdir()
+    staging.replace(folder)
+
+
+def _merged(model: nn.Module) -> Any:
+    """Return the causal language model with the tuning method merged and MoDE kept."""
+    if not isinstance(model, PeftModel):
+        return causal_lm_of(model)
+    if model.active_peft_config.is_prompt_learning:
+        raise DepthmixError("a learned prompt cannot be merged into weights")
+    merge: Any = model.merge_and_unload
+    return merge()
