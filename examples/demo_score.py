@@ -13,21 +13,20 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from rich.progress import track
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import depthmix
 from demo_task import TASKS, Row, Task, read_rows
+from depthmix.analysis.layers import encode, score_rows
+from depthmix.runtime import runtime_of
 
 T = TypeVar("T")
 
@@ -79,62 +78,27 @@ class Scorer:
             replies += self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return replies
 
-    @torch.no_grad()
     def held_out(self, rows: list[Row]) -> Row:
         """Return the loss per completion token and, with MoDE, the mean gate there."""
-        losses, gates, layers = [], [], ()
-        for part in _batches(rows, self.batch, "held-out loss"):
-            ids, mask, predicted = self._encode(part)
-            with self._routing() as record:
-                logits = self.model(input_ids=ids, attention_mask=mask).logits
-            chosen = logits[:, :-1][predicted].float()
-            losses.append(F.cross_entropy(chosen, ids[:, 1:][predicted], reduction="none"))
-            if record:
-                layers = record.layers
-                gates.append(record.gates[0][:, :-1][predicted].float())
-        figures: Row = {"loss": torch.cat(losses).mean().item()}
-        if gates:
-            figures |= {"layers": list(layers), "gate": torch.cat(gates).mean(dim=0).tolist()}
+        scores = score_rows(self.model, self.tokenizer, rows, self.batch)
+        figures: Row = {"loss": scores.mean_loss}
+        if self.has_mode:
+            layers = runtime_of(self.model).anatomy.layer_indices
+            figures |= {"layers": list(layers), "gate": scores.gate}
         return figures
 
     @torch.no_grad()
     def picture(self, prompt: str, reply: str) -> Row:
         """Return the tokens of the model's own reply, each with the gate that predicted it."""
-        ids, mask, predicted = self._encode([{"prompt": prompt, "completion": reply}])
-        with self._routing() as record:
-            self.model(input_ids=ids, attention_mask=mask)
+        ids, start = encode({"prompt": prompt, "completion": reply}, self.tokenizer)
+        inputs = torch.tensor([ids], device=self.model.device)
+        with depthmix.routing(self.model) as record:
+            self.model(input_ids=inputs)
         return {
             "prompt": prompt,
-            "tokens": [self.tokenizer.decode(token) for token in ids[:, 1:][predicted]],
-            "gates": record.gates[0][:, :-1][predicted].tolist(),
+            "tokens": [self.tokenizer.decode(token) for token in ids[start:]],
+            "gates": record.gates[0][0, start - 1 : -1].tolist(),
         }
-
-    def _encode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids and mask (batch, tokens), and which positions predict a completion's token.
-
-        Rows are padded on the right. As in training, a completion ends with end-of-sequence.
-        """
-        prompts = [self.tokenizer(row["prompt"]).input_ids for row in rows]
-        replies = [
-            [
-                *self.tokenizer(row["completion"], add_special_tokens=False).input_ids,
-                self.tokenizer.eos_token_id,
-            ]
-            for row in rows
-        ]
-        ends = torch.tensor([len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
-        ids = torch.full((len(rows), int(ends.max())), self.tokenizer.eos_token_id)
-        for row, prompt, reply in zip(ids, prompts, replies, strict=True):
-            row[: len(prompt) + len(reply)] = torch.tensor(prompt + reply)
-        place = torch.arange(ids.shape[1])
-        starts = torch.tensor([len(p) for p in prompts])
-        mask = place < ends[:, None]
-        predicted = (mask & (place >= starts[:, None]))[:, 1:]
-        device = self.model.device
-        return ids.to(device), mask.long().to(device), predicted.to(device)
-
-    def _routing(self) -> Any:
-        return depthmix.routing(self.model) if self.has_mode else nullcontext()
 
 
 def load_scorer(name: str, adapter: Path | None, has_mode: bool, batch: int) -> Scorer:

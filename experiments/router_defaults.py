@@ -13,25 +13,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import depthmix
 from depthmix.adapters import late_layers, mode_only_config
+from depthmix.analysis.layers import collate, encode, score_rows
 from depthmix.runtime import runtime_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from embedded_model import embedded_model
-
-IGNORED = -100
 
 
 @dataclass
@@ -136,49 +133,35 @@ def main() -> None:
     args = parser.parse_args()
     folder = embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [encode(row, tokenizer) for row in json.loads(args.data.read_text())]
-    rows = [row for row in rows if len(row[0]) <= 64]
+    rows = [as_texts(row) for row in json.loads(args.data.read_text())]
+    rows = [row for row in rows if len(encode(row, tokenizer)[0]) <= 64]
     for seed in args.seeds:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = [rows[i] for i in order[: args.held_out]]
         train = [rows[i] for i in order[args.held_out :][: args.steps * args.batch]]
         for name in args.runs:
-            result = run(RUNS[name], folder, train, held_out, args.batch, seed)
+            result = run(RUNS[name], folder, tokenizer, train, held_out, args.batch, seed)
             line = json.dumps({"run": name, "seed": seed, "steps": args.steps, **result})
             print(line, flush=True)
             with args.out.open("a") as out:
                 out.write(line + "\n")
 
 
-def encode(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
-    """Return the token ids of a question with its equation and answer, and the prompt's length."""
+def as_texts(row: dict[str, Any]) -> dict[str, str]:
+    """Return a question as prompt, its equation and answer as completion."""
     prompt = f"Question: {row['original_text'].strip()}\nEquation:"
-    answer = f" {row['equation'].removeprefix('X=')}\nAnswer: {row['ans']}"
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    answer_ids = tokenizer(answer)["input_ids"]
-    return prompt_ids + answer_ids + [tokenizer.eos_token_id], len(prompt_ids)
-
-
-def batches(rows: list[tuple[list[int], int]], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield padded batches whose prompts are not supervised."""
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        width = max(len(ids) for ids, _ in chunk)
-        ids = torch.zeros(len(chunk), width, dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
-        mask = torch.zeros_like(ids)
-        for i, (tokens, prompt) in enumerate(chunk):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-            mask[i, : len(tokens)] = 1
-        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {
+        "prompt": prompt,
+        "completion": f" {row['equation'].removeprefix('X=')}\nAnswer: {row['ans']}",
+    }
 
 
 def run(
     setting: Run,
     folder: Path,
-    train: list[tuple[list[int], int]],
-    held_out: list[tuple[list[int], int]],
+    tokenizer: Any,
+    train: list[dict[str, str]],
+    held_out: list[dict[str, str]],
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -196,9 +179,11 @@ def run(
     model.train()
     began = time.perf_counter()
     warmup = (setting.mode or {}).get("router_warmup_steps", 0)
-    for step, inputs in enumerate(tqdm(batches(train, batch), total=steps)):
+    for step in tqdm(range(steps)):
         if warmup:
             runtime_of(model).hold_router = step < warmup
+        encoded = [encode(row, tokenizer) for row in train[step * batch : (step + 1) * batch]]
+        inputs: Any = collate(encoded, model.device)
         model(**inputs).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -206,8 +191,15 @@ def run(
         schedule.step()
     seconds = time.perf_counter() - began
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.eval()
-    return {**score(model, held_out, batch), "seconds": round(seconds), "trainable": trainable}
+    scores = score_rows(model, tokenizer, held_out, batch)
+    return {
+        "loss": round(scores.mean_loss, 4),
+        "layers": [round(loss, 4) for loss in scores.layer_loss],
+        "weights": [round(weight, 4) for weight in scores.gate],
+        "entropy": scores.entropy,
+        "seconds": round(seconds),
+        "trainable": trainable,
+    }
 
 
 def build(setting: Run, model: Any) -> Any:
@@ -221,55 +213,6 @@ def build(setting: Run, model: Any) -> Any:
     if config is None:
         return get_peft_model(model, peft_config)
     return depthmix.attach(model, config, peft_config)
-
-
-@torch.no_grad()
-def score(model: Any, rows: list[tuple[list[int], int]], batch: int) -> dict[str, Any]:
-    """Return the loss a token of the ensemble and of each late layer, and what the router does."""
-    attached = hasattr(model.get_base_model(), "depthmix_runtime")
-    totals: dict[str, Any] = {"loss": 0.0, "layers": 0.0, "weights": 0.0, "entropy": 0.0}
-    count = 0
-    for inputs in batches(rows, batch):
-        labels = inputs.pop("labels")[:, 1:]
-        mask = labels != IGNORED
-        count += int(mask.sum())
-        output = model(**inputs, output_hidden_states=attached)
-        logits = output.logits[:, :-1][mask]
-        totals["loss"] += F.cross_entropy(logits, labels[mask], reduction="sum").item()
-        if attached:
-            layers = score_layers(model, output.hidden_states, mask, labels)
-            for name, value in layers.items():
-                totals[name] = totals[name] + value
-    parts = ("loss", "layers", "weights", "entropy") if attached else ("loss",)
-    return {
-        name: torch.as_tensor(totals[name] / count).round(decimals=4).tolist() for name in parts
-    }
-
-
-def score_layers(model: Any, hidden: Any, mask: Any, labels: Any) -> dict[str, Any]:
-    """Return sums over the supervised tokens: loss of each layer, weights, entropy."""
-    runtime = runtime_of(model)
-    lm = runtime.causal_lm
-    norm = lm.get_submodule(runtime.anatomy.norm_path)
-    late = [hidden[i + 1] for i in runtime.anatomy.layer_indices[:-1]]
-    # The last of `hidden_states` is the mixture; the last layer's own state is recomputed.
-    last = lm.get_submodule(runtime.anatomy.layer_paths[-1])
-    kept: list[Any] = []
-    handle = last.register_forward_hook(lambda *a: kept.append(a[2]))
-    position = torch.arange(late[-1].shape[1]).unsqueeze(0)
-    rotary = lm.model.rotary_emb(late[-1], position)
-    last(late[-1], position_embeddings=rotary, position_ids=position)
-    handle.remove()
-    normed = torch.stack([norm.forward(h[:, :-1][mask]) for h in [*late, kept[0]]], dim=-2)
-    mixture = runtime.mixture()
-    assert mixture is not None
-    states, gate = mixture.weigh(normed)
-    logits = lm.get_output_embeddings()(states)
-    flat = logits.flatten(0, 1)
-    repeated = labels[mask].repeat_interleave(states.shape[1])
-    losses = F.cross_entropy(flat, repeated, reduction="none").view(-1, states.shape[1])
-    entropy = -(gate * gate.clamp_min(1e-30).log()).sum(-1)
-    return {"layers": losses.sum(0), "weights": gate.sum(0), "entropy": entropy.sum().item()}
 
 
 if __name__ == "__main__":

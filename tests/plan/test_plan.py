@@ -13,10 +13,10 @@ from depthmix.adapters import mode_only_config
 from depthmix.cli import main
 from depthmix.config import MoDEConfig
 from depthmix.plan.memory import METHODS, Batch, bill, mode_parameters
-from depthmix.plan.trunk import count_trunk
+from depthmix.plan.trunk import Step, count_trunk
 from models import ANATOMIES, tiny_model
 
-SIZES = {"rows": 2, "length": 8, "k": 2, "rank": 4, "dtype": torch.float32}
+STEP = Step(rows=2, length=8, k=2, rank=4, dtype=torch.float32)
 
 
 def lora():
@@ -45,7 +45,7 @@ def trained(model):
 def test_trained_parameters_are_those_of_the_real_model(model_type, method):
     anatomy = ANATOMIES[model_type]
     trunk_method, with_mode = METHODS[method]
-    trunk = count_trunk(anatomy.config(**anatomy.options), trunk_method, **SIZES)
+    trunk = count_trunk(anatomy.config(**anatomy.options), trunk_method, STEP)
     config = MoDEConfig(k=2) if with_mode else None
     found = bill(trunk, config, Batch(2, 8, 0.5, torch.float32, 1))
     assert found.trained == trained(real(model_type, method))
@@ -55,7 +55,7 @@ def test_trained_parameters_are_those_of_the_real_model(model_type, method):
 @pytest.mark.parametrize("method", ["lora", "late-lora"])
 def test_flops_and_saved_bytes_are_those_of_a_real_pass(method):
     anatomy = ANATOMIES["llama"]
-    trunk = count_trunk(anatomy.config(**anatomy.options), method, **SIZES)
+    trunk = count_trunk(anatomy.config(**anatomy.options), method, STEP)
     model = real("llama", "lora") if method == "lora" else real("llama", "late-lora+mode")
     if method == "late-lora":
         depthmix.detach(model)
@@ -82,7 +82,7 @@ def test_flops_and_saved_bytes_are_those_of_a_real_pass(method):
 def test_late_layers_keep_fewer_activations_and_mode_alone_none():
     anatomy = ANATOMIES["llama"]
     config = anatomy.config(**anatomy.options)
-    saved = {m: count_trunk(config, m, **SIZES).saved_bytes for m in ("lora", "late-lora", "none")}
+    saved = {m: count_trunk(config, m, STEP).saved_bytes for m in ("lora", "late-lora", "none")}
     assert saved["none"] == 0 < saved["late-lora"] < 0.6 * saved["lora"]
 
 
@@ -95,7 +95,7 @@ def test_mode_parameters_are_those_of_the_mixture():
 
 def test_sharding_divides_what_is_sharded():
     anatomy = ANATOMIES["llama"]
-    trunk = count_trunk(anatomy.config(**anatomy.options), "full", **SIZES)
+    trunk = count_trunk(anatomy.config(**anatomy.options), "full", STEP)
     one, four = (bill(trunk, None, Batch(2, 8, 0.5, torch.float32, n)) for n in (1, 4))
     assert four.optimizer == one.optimizer // 4
     assert four.activations == one.activations

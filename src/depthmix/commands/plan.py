@@ -67,7 +67,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
     from depthmix.config import MoDEConfig
     from depthmix.plan.memory import METHODS, Batch, bill
     from depthmix.plan.trunk import METHODS as TRUNKS
-    from depthmix.plan.trunk import count_trunk
+    from depthmix.plan.trunk import Step, count_trunk
 
     try:
         config = AutoConfig.from_pretrained(arguments.model)
@@ -77,16 +77,9 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
     mode = MoDEConfig(k=arguments.k)
     shards = arguments.gpus if arguments.sharding == "fsdp" else 1
     batch = Batch(arguments.rows, arguments.length, arguments.supervised, dtype, shards)
+    step = Step(arguments.rows, arguments.length, arguments.k, arguments.lora_r, dtype)
     trunks = {
-        method: count_trunk(
-            config,
-            method,
-            rows=arguments.rows,
-            length=arguments.length,
-            k=arguments.k,
-            rank=arguments.lora_r,
-            dtype=dtype,
-        )
+        method: count_trunk(config, method, step)
         for method in tqdm(TRUNKS, desc="counting", unit="method", leave=False)
     }
     bills = {

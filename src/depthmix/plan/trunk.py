@@ -49,57 +49,50 @@ class Trunk:
     kv_bytes: int
 
 
-def count_trunk(
-    config: PretrainedConfig,
-    method: str,
-    *,
-    rows: int,
-    length: int,
-    k: int,
-    rank: int,
-    dtype: torch.dtype,
-) -> Trunk:
-    """Count what a training step of a method does below the LM head.
+@dataclass(frozen=True)
+class Step:
+    """What is counted: one batch on one device.
 
-    Args:
-        config: of the model.
-        method: one of `METHODS`.
-        rows: of a batch on one device.
+    Attributes:
+        rows: of the batch.
         length: tokens of a row.
         k: late layers.
         rank: of LoRA, on all linear layers.
         dtype: of the weights.
+    """
+
+    rows: int
+    length: int
+    k: int
+    rank: int
+    dtype: torch.dtype
+
+
+def count_trunk(config: PretrainedConfig, method: str, step: Step) -> Trunk:
+    """Count what a training step of a method, one of `METHODS`, does below the LM head.
 
     Raises:
         ConfigError: the model cannot be built or run without weights.
     """
     try:
-        return _count(config, method, rows, length, k, rank, dtype)
+        return _count(config, method, step)
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{config.model_type} cannot be planned without weights: {error}"
         ) from error
 
 
-def _count(
-    config: PretrainedConfig,
-    method: str,
-    rows: int,
-    length: int,
-    k: int,
-    rank: int,
-    dtype: torch.dtype,
-) -> Trunk:
+def _count(config: PretrainedConfig, method: str, step: Step) -> Trunk:
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=step.dtype)
     path, layers = _layers(causal_lm)
     head: Any = causal_lm.get_output_embeddings()
     parameters = sum(p.numel() for p in causal_lm.parameters())
     vocabulary, width = head.weight.shape
-    if k > len(layers):
-        raise ConfigError(f"k = {k}, but the model has {len(layers)} layers")
-    first = _adapt(causal_lm, method, path, layers, k, rank)
-    forward, backward, saved, cached = _run(causal_lm, rows, length)
+    if step.k > len(layers):
+        raise ConfigError(f"k = {step.k}, but the model has {len(layers)} layers")
+    first = _adapt(causal_lm, method, path, layers, step)
+    forward, backward, saved, cached = _run(causal_lm, step.rows, step.length)
     trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     return Trunk(
         parameters=parameters,
@@ -125,7 +118,7 @@ def _layers(causal_lm: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _adapt(
-    causal_lm: PreTrainedModel, method: str, path: str, layers: nn.ModuleList, k: int, rank: int
+    causal_lm: PreTrainedModel, method: str, path: str, layers: nn.ModuleList, step: Step
 ) -> int:
     """Put the method on and return the first layer that the gradient goes through."""
     if method == "full":
@@ -134,15 +127,14 @@ def _adapt(
     if method == "none":
         return len(layers)  # the gradient of MoDE's norms and router ends above the layers
     late = method.startswith("late-")
-    chosen = layers[len(layers) - k :] if late else layers
-    first = len(layers) - k if late else 0
+    first = len(layers) - step.k if late else 0
     names = [
         f"{path}.{first + i}.{name}"
-        for i, layer in enumerate(chosen)
+        for i, layer in enumerate(layers[first:])
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    get_peft_model(causal_lm, LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM"))
+    get_peft_model(causal_lm, LoraConfig(r=step.rank, target_modules=names, task_type="CAUSAL_LM"))
     return first
 
 
