@@ -136,6 +136,21 @@ def test_whole_comparison_is_cached(tiny, pairs, tmp_path, monkeypatch, capsys):
     assert [file.stat().st_mtime_ns for file in adapters] == before
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_runs_are_spread_by_ray(tiny, pairs, tmp_path):
+    path = write(
+        tmp_path,
+        model_name_or_path=tiny,
+        output_dir=str(tmp_path / "out"),
+        seeds=[1],
+        methods={"lora": {"mode": False, "max_steps": 1}},
+        tasks={"sums": {"dataset": [pairs], "train_rows": 2, "validation_rows": 1, "test_rows": 2}},
+    )
+    assert main(["compare", str(path), "--ray", "local", "--gpus", "0"]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(results["runs"]) == 1
+
+
 def test_failed_run_is_named_and_loses_no_other(tiny, pairs, tmp_path, capsys):
     path = write(
         tmp_path,

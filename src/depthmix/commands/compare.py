@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,20 @@ def run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.workers < 1:
         raise ConfigError("--workers must be at least 1")
+    if arguments.ray and find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray: pip install 'depthmix[ray]'")
     from depthmix.compare.engine import collect, prepare, run_all
     from depthmix.compare.experiment import read_experiment
     from depthmix.compare.report import print_tables
+    from depthmix.compare.spread import run_here, run_on_ray
 
     experiment = read_experiment(Path(arguments.experiment))
     cells = prepare(experiment)
-    failed = run_all(cells, arguments.workers)
+    if arguments.ray:
+        run = partial(run_on_ray, address=arguments.ray, gpus=arguments.gpus)
+    else:
+        run = partial(run_here, workers=arguments.workers)
+    failed = run_all(cells, run)
     results = collect(experiment, cells)
     folder = Path(experiment.output_dir)
     write_text(folder / "results.json", json.dumps(results, indent=1))
@@ -50,6 +59,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="what to compare")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="spread over a Ray cluster; or: local")
+    parser.add_argument("--gpus", type=float, default=1, help="of a run on Ray (default: 1)")
     parser.add_argument("--report", help="Markdown file (default: results.md in output_dir)")
     return parser
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from tqdm import tqdm
 import depthmix
 from depthmix.compare.experiment import Experiment
 from depthmix.compare.rows import TaskRows, digest, load_rows
+from depthmix.compare.spread import LOG
 from depthmix.files import write_text
 
 RESULT, TRAIN, TRAIN_ROWS, SCORED_ROWS = "result.json", "train.yaml", "train.jsonl", "score.jsonl"
@@ -92,34 +89,29 @@ def _write(folder: Path, options: dict[str, Any], training: Any, scored: Any) ->
     write_text(folder / TRAIN, yaml.safe_dump({**options, **paths}, sort_keys=False))
 
 
-def run_all(cells: list[Cell], workers: int) -> list[str]:
-    """Run what is not done yet, `workers` at a time, and return what failed, a line each.
+Outcomes = Iterator[tuple[Path, int]]
 
-    A run that fails is reported and loses none of the others; its output is in its folder. Ctrl-C
-    stops all; what is done stays.
+
+def run_all(cells: list[Cell], run: Callable[[list[Path]], Outcomes]) -> list[str]:
+    """Run what is not done yet and return what failed, a line each.
+
+    A run that fails is reported and loses none of the others. Ctrl-C stops all; what is done stays.
+
+    Args:
+        cells: what `prepare` returned.
+        run: runs folders and yields each with its exit status; see `spread`.
     """
-    waiting = [cell for cell in cells if cell.result() is None]
+    waiting = {cell.folder: cell for cell in cells if cell.result() is None}
     failed: list[str] = []
-    progress = tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run")
-    # More threads than cores make a run several times slower.
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    with progress, ThreadPoolExecutor(workers) as pool:
-        statuses = pool.map(lambda cell: _run(cell, environment), waiting)
-        for cell, status in zip(waiting, statuses, strict=True):
+    with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run") as progress:
+        for folder, status in run(list(waiting)):
             progress.update()
             if status == 130:
                 raise KeyboardInterrupt
             if status != 0:
-                failed.append(f"{cell.name}: exit status {status}, see {cell.folder / 'log.txt'}")
+                cell = waiting[folder]
+                failed.append(f"{cell.name}: exit status {status}, see {folder / LOG}")
     return failed
-
-
-def _run(cell: Cell, environment: dict[str, str]) -> int:
-    with (cell.folder / "log.txt").open("w") as log:
-        command = [sys.executable, "-m", "depthmix.compare.run", str(cell.folder)]
-        done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-    return done.returncode
 
 
 def collect(experiment: Experiment, cells: list[Cell]) -> dict[str, Any]:
