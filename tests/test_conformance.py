@@ -1,10 +1,8 @@
 """MoDE on the types that users name; `make models` checks all types and writes docs/models.json."""
 
-import json
-
 import pytest
 
-from conformance import DOCS, check
+from conformance import check
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "mixtral"),
@@ -19,4 +17,3 @@ FAMILIES = (
 def test_all_checks_hold(model_type):
     result = check(model_type)
     assert (result.status, result.reason) == ("ok", "")
-    assert json.loads((DOCS / "models.json").read_text())[model_type]["status"] == "ok"
