@@ -93,6 +93,29 @@ def normed_states(model, anatomy, k, **inputs):
     return torch.stack([norm(state) for state in kept], -2)
 
 
+def head_inputs(model, layers_path, head_path, k, **inputs):
+    """What the head gets if the last layer gave what each of the last k layers gives, (..., k, d).
+
+    k + 1 forwards of a model without MoDE; nothing need be known of what lies between.
+    """
+    layers, states, given = model.get_submodule(layers_path), [], []
+    taps = [
+        layer.register_forward_hook(lambda _m, _a, o: states.append(o)) for layer in layers[-k:]
+    ]
+    model(**inputs)
+    for tap in taps:
+        tap.remove()
+    keep = model.get_submodule(head_path).register_forward_pre_hook(
+        lambda _m, args: given.append(args[0])
+    )
+    for state in states:
+        exchange = layers[-1].register_forward_hook(lambda _m, _a, _o, state=state: state)
+        model(**inputs)
+        exchange.remove()
+    keep.remove()
+    return torch.stack(given, -2)
+
+
 def raw_logits(model, states):
     """The head's output on adapted states, at least in fp32."""
     head = model.get_output_embeddings()

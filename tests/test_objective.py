@@ -501,8 +501,8 @@ def test_lora_equals_the_reference(targets):
     loss = wrapped.train()(input_ids=ids, labels=labels).loss
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     ours = dict(zip(trained, grad(loss, list(trained.values())), strict=True))
-    causal_lm = depthmix.detach(wrapped).get_base_model()
-    expected = reference.objective(causal_lm, ANATOMIES["llama"], mixture, labels, input_ids=ids)
+    host = depthmix.detach(wrapped).get_base_model()
+    expected = reference.objective(host, ANATOMIES["llama"], mixture, labels, input_ids=ids)
     theirs = grad(expected / 11, list(trained.values()))
     assert_close(loss, expected / 11)
     assert sum("lm_head" in name for name in trained) == 2 * ("lm_head" in targets)

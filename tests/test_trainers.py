@@ -147,8 +147,8 @@ def trained(model: PeftModel) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-# Adam turns a rounding of the gradient into up to a learning rate, 1e-2: a thousandth of that.
-def assert_same(a: PeftModel, b: PeftModel, tolerance: float = 1e-5) -> None:
+# Adam turns a rounding of the gradient into up to a learning rate, 1e-2: a hundredth of that.
+def assert_same(a: PeftModel, b: PeftModel, tolerance: float = 1e-4) -> None:
     ours, theirs = trained(a), trained(b)
     assert ours.keys() == theirs.keys()
     for name in ours:

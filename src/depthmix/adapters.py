@@ -26,7 +26,7 @@ from depthmix.mixture import DepthMixture
 MODULE_NAME = "depthmix"
 
 
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+def host_of(model: nn.Module) -> PreTrainedModel:
     """Return the causal language model inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
@@ -34,13 +34,13 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 class ActiveMixture:
     """Gives the mixture that applies now: that of PEFT's active adapter, or the plain one."""
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
-        self._causal_lm = causal_lm
+    def __init__(self, host: PreTrainedModel) -> None:
+        self._host = host
         self._peft_model: PeftModel | None = None
 
     def __call__(self) -> DepthMixture | None:
         """Return the active mixture, or None where the base model alone must answer."""
-        module: Any = self._causal_lm.get_submodule(MODULE_NAME)
+        module: Any = self._host.get_submodule(MODULE_NAME)
         if not isinstance(module, ModulesToSaveWrapper):
             return module  # type: ignore[no-any-return]
         active = module.active_adapters
@@ -55,7 +55,7 @@ class ActiveMixture:
 
         There PEFT replaces methods of the PeftModel and leaves all modules as they are.
         """
-        if "peft_config" in vars(self._causal_lm):
+        if "peft_config" in vars(self._host):
             return False  # not prompt learning: a tuner sets this on the model it changes
         if self._peft_model is None:
             # Nothing leads from a module to its PeftModel; look for it once. By type, since
@@ -63,7 +63,7 @@ class ActiveMixture:
             self._peft_model = next(
                 o
                 for o in gc.get_objects()
-                if issubclass(type(o), PeftModel) and o.get_base_model() is self._causal_lm
+                if issubclass(type(o), PeftModel) and o.get_base_model() is self._host
             )
         return self._peft_model._adapters_disabled
 
@@ -107,10 +107,14 @@ def without_mode(config: PeftConfig) -> PeftConfig:
     return config
 
 
-def mode_only_config() -> LoraConfig:
-    """Return a PEFT configuration for MoDE without a tuning method: router and norms alone."""
+def mode_only_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """Return a PEFT configuration for MoDE without a tuning method: router and norms alone.
+
+    Args:
+        task_type: PEFT's name for what the model does; `SEQ_CLS` trains its head as well.
+    """
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         target_modules=DUMMY_TARGET_MODULES,
         modules_to_save=[MODULE_NAME],
     )
@@ -127,7 +131,7 @@ def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
     """
     fields = {field.name for field in dataclasses.fields(config)}
     untyped: Any = config
-    anatomy = discover(causal_lm_of(model), MoDEConfig(k=k))
+    anatomy = discover(host_of(model), MoDEConfig(k=k))
     if "exclude_modules" in fields:
         if untyped.exclude_modules:
             raise ConfigError("exclude_modules is set, which is what restricts to the late layers")

@@ -16,14 +16,14 @@ SAMPLES = 64
 TOLERANCE = 2**-7
 
 
-def fingerprint(causal_lm: PreTrainedModel, anatomy: Anatomy) -> dict[str, Any]:
+def fingerprint(host: PreTrainedModel, anatomy: Anatomy) -> dict[str, Any]:
     """Return the shape of a model and a sample of its input embeddings, as JSON types.
 
     The embeddings are what no tuning method but full fine-tuning changes, and what every model has.
     """
-    weight: Any = causal_lm.get_input_embeddings().weight
+    weight: Any = host.get_input_embeddings().weight
     return {
-        "model_type": causal_lm.config.model_type,
+        "model_type": host.config.model_type,
         "layers_path": anatomy.layers_path,
         "last_layer": anatomy.layer_indices[-1],
         "hidden_size": anatomy.hidden_size,

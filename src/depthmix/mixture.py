@@ -52,25 +52,28 @@ class DepthMixture(nn.Module):
             self.router = Router(config, hidden_size)
 
     def weigh(
-        self, normed: Float[Tensor, "*b k d"]
+        self, normed: Float[Tensor, "*b k d"], hold_router: bool = False
     ) -> tuple[Float[Tensor, "*b k d"], Float[Tensor, "*b k"]]:
         """Return the adapted state of every late layer and their weights, in fp32 (fp64 stays).
 
         Args:
             normed: output of the model's final norm for each late layer, the last layer last.
+            hold_router: give the router a zero gradient (warm-up phase).
         """
         normed = normed.to(torch.promote_types(normed.dtype, torch.float32))
         if self.config.k == 1:
             return normed, torch.ones_like(normed[..., 0])
         # Autocast would run the router in bf16, where close layers become indistinguishable.
         with torch.autocast(normed.device.type, enabled=False):
-            return self.norm(normed), self.router(normed)
+            states, gate = self.norm(normed), self.router(normed)
+        # Zero, not none: data-parallel training waits for the gradient of every parameter.
+        return states, gate.detach() + 0.0 * gate if hold_router else gate
 
     def forward(
-        self, normed: Float[Tensor, "*b k d"]
+        self, normed: Float[Tensor, "*b k d"], hold_router: bool = False
     ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b k"]]:
         """Return the mixture, in the dtype of `normed`, and the gate."""
-        states, gate = self.weigh(normed)
+        states, gate = self.weigh(normed, hold_router)
         return mix(states, gate).to(normed.dtype), gate
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DepthMixture:

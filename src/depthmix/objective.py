@@ -58,10 +58,7 @@ def training_objective(
         hold_router: give the router a zero gradient (warm-up phase).
     """
     config = mixture.config
-    states, gate = mixture.weigh(normed)
-    if hold_router:
-        # Zero, not none: data-parallel training waits for the gradient of every parameter.
-        gate = gate.detach() + 0.0 * gate
+    states, gate = mixture.weigh(normed, hold_router)
     if head_scale != 1.0:
         states = states * head_scale
     late_states = states[:, :-1]

@@ -19,15 +19,16 @@ class RoutingRecord:
 
     Attributes:
         layers: places of the k late layers in the model's list of layers.
-        gates: one tensor (batch, tokens, k) a forward, detached. Padding is not left out.
+        gates: one tensor (batch, tokens, k) a forward, detached; (batch, k) of a classifier that
+            pools its tokens. Padding is not left out.
     """
 
     layers: tuple[int, ...]
-    gates: list[Float[Tensor, "b t k"]] = field(default_factory=list)
+    gates: list[Float[Tensor, "b *t k"]] = field(default_factory=list)
 
     def mean(self) -> Float[Tensor, " k"]:
         """Return the mean weight of each late layer over all recorded tokens."""
-        return torch.cat([gate.flatten(0, 1) for gate in self.gates]).mean(dim=0)
+        return torch.cat([gate.flatten(0, -2) for gate in self.gates]).mean(dim=0)
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-
-from depthmix.objective import Objective
 
 
 class TrainingStatistics:
-    """Sums over supervised tokens since the last `read`.
+    """Sums over supervised tokens (rows, of a classifier) since the last `read`.
 
     They are tensors on the model's device: adding never waits for the device.
     """
@@ -18,13 +17,17 @@ class TrainingStatistics:
         self._layers = layers
         self._sums: Tensor | None = None
 
-    def add(self, objective: Objective) -> None:
+    def add(
+        self,
+        gate: Float[Tensor, "n k"],
+        cross_entropy: Float[Tensor, " n"],
+        divergence: Float[Tensor, " n"],
+    ) -> None:
         """Add the tokens of one forward."""
-        gate = objective.gate
         parts = [
             torch.full_like(gate[:, 0], 1.0),
-            objective.loss.cross_entropy,
-            objective.loss.divergence,
+            cross_entropy,
+            divergence,
             -(gate * gate.clamp_min(1e-30).log()).sum(dim=-1),
             *gate.unbind(dim=-1),
         ]

@@ -11,19 +11,21 @@ from transformers import PreTrainedModel
 from depthmix.adapters import (
     MODULE_NAME,
     carry,
-    causal_lm_of,
     describe_in,
     description,
+    host_of,
     late_layers,
     with_mode,
     without_mode,
 )
+from depthmix.classifier import ClassifierRuntime
 from depthmix.config import MoDEConfig
-from depthmix.discovery import Anatomy, discover
+from depthmix.discovery import Anatomy, discover, is_classifier
 from depthmix.errors import ConfigError, DepthmixError
 from depthmix.fingerprint import fingerprint
+from depthmix.language import LanguageRuntime
 from depthmix.mixture import DepthMixture
-from depthmix.runtime import RUNTIME_NAME, Runtime, runtime_of
+from depthmix.runtime import RUNTIME_NAME, runtime_of
 from depthmix.train.callback import watch_trainers
 
 MODEL_TAGS = ["depthmix", "mixture-of-depths-ensemble"]  # on the model's page on the hub
@@ -42,7 +44,8 @@ def attach(
     are then None. `hidden_states[-1]` and `last_hidden_state` of the model are the mixture.
 
     Args:
-        model: a causal language model of transformers, or a PeftModel around one.
+        model: a model of transformers that predicts tokens (causal, masked, encoder-decoder) or
+            classifies sequences, or a PeftModel around one.
         config: the configuration; the default one if None.
         peft_config: a tuning method to wrap the model in as well. To have MoDE alone, saved as a
             small adapter, pass `depthmix.adapters.mode_only_config()`.
@@ -58,17 +61,17 @@ def attach(
         ConfigError: the tuning method cannot carry MoDE.
     """
     config = config or MoDEConfig()
-    causal_lm = causal_lm_of(model)
+    host = host_of(model)
     _refuse(model, peft_config, late_layers_only)
     if peft_config is not None:
         with_mode(peft_config)
         if late_layers_only:
-            late_layers(peft_config, causal_lm, config.k)
-    anatomy = discover(causal_lm, config)
-    _install(causal_lm, config, anatomy)
+            late_layers(peft_config, host, config.k)
+    anatomy = discover(host, config)
+    _install(host, config, anatomy)
     watch_trainers()
     if peft_config is not None:
-        model = get_peft_model(causal_lm, peft_config)
+        model = get_peft_model(host, peft_config)
     elif isinstance(model, PeftModel):
         carry(model)
     if isinstance(model, PeftModel):
@@ -85,13 +88,13 @@ def detach(model: nn.Module) -> nn.Module:
     """
     runtime = runtime_of(model)
     runtime.remove()
-    causal_lm = runtime.causal_lm
-    delattr(causal_lm, MODULE_NAME)
-    del vars(causal_lm)[RUNTIME_NAME]
-    tags = [tag for tag in causal_lm.model_tags or [] if tag not in MODEL_TAGS]
-    vars(causal_lm).pop("model_tags", None)
+    host = runtime.host
+    delattr(host, MODULE_NAME)
+    del vars(host)[RUNTIME_NAME]
+    tags = [tag for tag in host.model_tags or [] if tag not in MODEL_TAGS]
+    vars(host).pop("model_tags", None)
     if tags:
-        causal_lm.add_model_tags(tags)
+        host.add_model_tags(tags)
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             without_mode(config)
@@ -100,7 +103,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: bool) -> None:
     """Raise for arguments of `attach` that do not go together."""
-    if RUNTIME_NAME in vars(causal_lm_of(model)):
+    if RUNTIME_NAME in vars(host_of(model)):
         raise DepthmixError("MoDE is attached to this model already; detach it first")
     if peft_config is not None and isinstance(model, PeftModel):
         raise DepthmixError("the model is a PeftModel already: leave peft_config out")
@@ -108,10 +111,11 @@ def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: 
         raise ConfigError("late_layers_only needs a peft_config to restrict")
 
 
-def _install(causal_lm: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> None:
-    spec = {"config": config.to_dict(), "base": fingerprint(causal_lm, anatomy)}
+def _install(host: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> None:
+    spec = {"config": config.to_dict(), "base": fingerprint(host, anatomy)}
     mixture = DepthMixture(config, anatomy.hidden_size, spec)
-    last_layer = causal_lm.get_submodule(anatomy.layer_paths[-1])
-    causal_lm.depthmix = mixture.to(next(last_layer.parameters()).device)
-    vars(causal_lm)[RUNTIME_NAME] = Runtime(causal_lm, anatomy)
-    causal_lm.add_model_tags(MODEL_TAGS)
+    last_layer = host.get_submodule(anatomy.layer_paths[-1])
+    host.depthmix = mixture.to(next(last_layer.parameters()).device)
+    kind = ClassifierRuntime if is_classifier(host) else LanguageRuntime
+    vars(host)[RUNTIME_NAME] = kind(host, anatomy)
+    host.add_model_tags(MODEL_TAGS)

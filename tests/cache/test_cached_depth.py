@@ -96,7 +96,7 @@ def test_states_are_stored_bit_for_bit(dtype, tmp_path):
 def test_later_run_uses_the_cache_of_an_earlier_one(tmp_path):
     base = tiny_model("llama")
     with cached_depth(late(base), k=2, tokens=100, folder=tmp_path) as first:
-        train(first._prefix.causal_lm)
+        train(first._prefix.host)
     model = late(base)
     with cached_depth(model, k=2, tokens=100, folder=tmp_path) as second:
         train(model)
@@ -120,12 +120,12 @@ def test_other_model_or_depth_has_a_cache_of_its_own(tmp_path):
 
 def test_model_is_as_before_after_the_block(tmp_path):
     model = late(tiny_model("llama"))
-    causal_lm = model.get_base_model()
+    host = model.get_base_model()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     with pytest.raises(ZeroDivisionError), cached_depth(model, 2, 100, tmp_path):
         raise ZeroDivisionError
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    assert not any("forward" in vars(layer) for layer in causal_lm.model.layers)
+    assert not any("forward" in vars(layer) for layer in host.model.layers)
 
 
 def test_evaluation_runs_the_layers(tmp_path):
@@ -145,9 +145,9 @@ def test_gradient_checkpointing_of_late_lora(reentrant, tmp_path):
     plain = get_peft_model(copy.deepcopy(base), late_layers(lora(), base, 2))
     model = copy.deepcopy(plain)
     train(plain)
-    causal_lm = model.get_base_model()
-    causal_lm.activation_checkpointing_enable({"use_reentrant": reentrant})
-    causal_lm.enable_input_require_grads()
+    host = model.get_base_model()
+    host.activation_checkpointing_enable({"use_reentrant": reentrant})
+    host.enable_input_require_grads()
     with cached_depth(model, 2, 100, tmp_path) as cache:
         train(model)
     assert cache.hits == 4

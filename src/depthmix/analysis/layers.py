@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from depthmix.adapters import causal_lm_of
+from depthmix.adapters import host_of
 from depthmix.runtime import RUNTIME_NAME, runtime_of
 
 Row = dict[str, str]
@@ -82,7 +82,7 @@ def score_rows(
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="held-out rows", unit="batch", leave=False):
         chosen = order[start : start + batch_size]
-        batch = collate([encoded[i] for i in chosen], causal_lm_of(model).device)
+        batch = collate([encoded[i] for i in chosen], host_of(model).device)
         logits, labels = _predict(model, batch, sums)
         losses = F.cross_entropy(logits, labels, reduction="none")
         right = logits.argmax(-1) == labels
@@ -171,8 +171,8 @@ def _predict(
     labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
     supervised = labels != IGNORED
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    causal_lm = causal_lm_of(model)
-    if RUNTIME_NAME not in vars(causal_lm):
+    host = host_of(model)
+    if RUNTIME_NAME not in vars(host):
         return model(**inputs).logits[supervised].float(), labels[supervised]
     mixture = runtime_of(model).mixture()
     if mixture is None or mixture.config.k == 1:
@@ -184,13 +184,13 @@ def _predict(
     finally:
         handle.remove()
     states, gate = mixture.weigh(kept[0][supervised])
-    sums.add(_layer_logits(causal_lm, states), gate, labels[supervised])
+    sums.add(_layer_logits(host, states), gate, labels[supervised])
     return logits[supervised].float(), labels[supervised]
 
 
-def _layer_logits(causal_lm: Any, states: Float[Tensor, "n k d"]) -> Float[Tensor, "n k v"]:
-    anatomy = vars(causal_lm)[RUNTIME_NAME].anatomy
-    head = causal_lm.get_output_embeddings()
-    raw = head((states * anatomy.head_scale).to(causal_lm.dtype)).float()
+def _layer_logits(host: Any, states: Float[Tensor, "n k d"]) -> Float[Tensor, "n k v"]:
+    anatomy = vars(host)[RUNTIME_NAME].anatomy
+    head = host.get_output_embeddings()
+    raw = head((states * anatomy.head_scale).to(host.dtype)).float()
     logits: Tensor = anatomy.logit_transform(raw)
     return logits

@@ -19,7 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import depthmix
-from depthmix.adapters import causal_lm_of, late_layers, mode_only_config
+from depthmix.adapters import host_of, late_layers, mode_only_config
 from depthmix.bench.batch import IGNORED, make_batch
 from depthmix.bench.measure import CountHead, in_fresh_process, median_seconds, peak_bytes
 from depthmix.commands.loading import load_base, load_tokenizer
@@ -77,7 +77,7 @@ def build(name: str, setting: Setting) -> tuple[PreTrainedModel, Step]:
     """Return a variant's model and one training step of it on one batch, optimiser included."""
     model, step = prepared(name, setting)
     batch = make_batch(setting.lengths, model.config.vocab_size, next(model.parameters()).device)
-    return causal_lm_of(model), partial(step, batch)
+    return host_of(model), partial(step, batch)
 
 
 def prepared(name: str, setting: Setting) -> tuple[Any, Callable[[dict[str, Tensor]], None]]:
@@ -171,22 +171,22 @@ class NaiveTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         """Return what MoDE's own path gives, to rounding, when all tokens are distilled."""
         labels = inputs["labels"][:, 1:]
-        runtime, causal_lm = runtime_of(model), causal_lm_of(model)
+        runtime, host = runtime_of(model), host_of(model)
         states: list[Tensor] = []
         handles = [
-            causal_lm.get_submodule(path).register_forward_hook(
+            host.get_submodule(path).register_forward_hook(
                 lambda _module, _args, output: states.append(output)
             )
             for path in runtime.anatomy.layer_paths
         ]
-        causal_lm.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        host.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
         for handle in handles:
             handle.remove()
-        norm: Any = causal_lm.get_submodule(runtime.anatomy.norm_path)
+        norm: Any = host.get_submodule(runtime.anatomy.norm_path)
         mixture = runtime.mixture()
         assert mixture is not None
         layer_states, gate = mixture.weigh(torch.stack([norm.forward(s) for s in states], dim=-2))
-        head: Any = causal_lm.get_output_embeddings()
+        head: Any = host.get_output_embeddings()
         logits = head(layer_states.to(head.weight.dtype))[:, :-1].float()
         ensemble = (gate[:, :-1].unsqueeze(-1) * logits).sum(-2)
         loss = F.cross_entropy(ensemble.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)

@@ -86,9 +86,9 @@ class CachedDepth:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Put the hooks on for the block."""
-        layers, causal_lm = self._prefix.layers, self._prefix.causal_lm
+        layers, host = self._prefix.layers, self._prefix.host
         handles = [
-            causal_lm.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            host.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             layers[-1].register_forward_hook(self._after_prefix),
         ]
         with self._short_circuit():
@@ -169,18 +169,18 @@ class CachedDepth:
         Raises:
             ConfigError: the late layers read more of the prefix than its last hidden state.
         """
-        causal_lm, layers = self._prefix.causal_lm, self._prefix.layers
+        host, layers = self._prefix.host, self._prefix.layers
         outputs: list[Any] = []
         handle = layers[-1].register_forward_hook(lambda _m, _a, output: outputs.append(output))
-        training = [module for module in causal_lm.modules() if module.training]
-        causal_lm.eval()
+        training = [module for module in host.modules() if module.training]
+        host.eval()
         try:
             with torch.no_grad():
-                expected = run_probe(causal_lm)
+                expected = run_probe(host)
                 self._gives_tensor = isinstance(outputs[0], Tensor)
                 self._replayed = first_tensor(outputs[0])
                 with self._short_circuit():
-                    found = run_probe(causal_lm)
+                    found = run_probe(host)
         except (RuntimeError, AttributeError, TypeError, KeyError, IndexError) as error:
             raise ConfigError(f"the late layers do not run from a hidden state: {error}") from error
         finally:

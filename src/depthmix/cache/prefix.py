@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import depthmix
-from depthmix.adapters import causal_lm_of
+from depthmix.adapters import host_of
 from depthmix.config import MoDEConfig
 from depthmix.discovery import discover
 from depthmix.errors import ConfigError
@@ -26,12 +26,12 @@ class Prefix:
     """Layers whose output is the same in every epoch.
 
     Attributes:
-        causal_lm: the model that they are part of.
+        host: the model that they are part of.
         layers: the layers, the first one first.
         width: of their output.
     """
 
-    causal_lm: PreTrainedModel
+    host: PreTrainedModel
     layers: list[nn.Module]
     width: int
 
@@ -42,13 +42,13 @@ class Prefix:
                 (
                     len(self.layers),
                     dtype,
-                    self.causal_lm.config._attn_implementation,
+                    self.host.config._attn_implementation,
                     transformers.__version__,
                     depthmix.__version__,
                 )
             ).encode()
         )
-        found.update(repr(self.causal_lm.config.to_dict()).encode())
+        found.update(repr(self.host.config.to_dict()).encode())
         for name, tensor in self._tensors().items():
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().numpy().tobytes()
@@ -56,7 +56,7 @@ class Prefix:
         return found.hexdigest()[:16]
 
     def _tensors(self) -> dict[str, Tensor]:
-        embeddings: Any = self.causal_lm.get_input_embeddings()
+        embeddings: Any = self.host.get_input_embeddings()
         tensors = {f"embeddings.{n}": t for n, t in embeddings.state_dict().items()}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": t for name, t in layer.state_dict().items()}
@@ -70,32 +70,31 @@ def frozen_prefix(model: nn.Module, k: int) -> Prefix:
         ConfigError: their output is not the same in every epoch; says why.
         DiscoveryError: the layers were not found.
     """
-    causal_lm = causal_lm_of(model)
+    host = host_of(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ConfigError("the prompt is trained, which all layers see")
-    anatomy = discover(causal_lm, MoDEConfig(k=k))
-    listed: Any = causal_lm.get_submodule(anatomy.layers_path)
+    anatomy = discover(host, MoDEConfig(k=k))
+    listed: Any = host.get_submodule(anatomy.layers_path)
     prefix = list(listed[: anatomy.layer_indices[0]])
     if not prefix:
         raise ConfigError("all layers are late layers")
     late = {id(p) for layer in listed[anatomy.layer_indices[0] :] for p in layer.parameters()}
-    late |= {id(p) for p in causal_lm.get_submodule(anatomy.norm_path).parameters()}
-    late |= {id(p) for p in _head_parameters(causal_lm)}
-    for name, parameter in causal_lm.named_parameters():
+    late |= {id(p) for p in host.get_submodule(anatomy.norm_path).parameters()}
+    late |= {id(p) for p in _head_parameters(host, anatomy.head_path)}
+    for name, parameter in host.named_parameters():
         if parameter.requires_grad and id(parameter) not in late and "depthmix" not in name:
             raise ConfigError(f"{name} is trained, which lies below the late layers")
-    stochastic = _dropout([causal_lm.get_input_embeddings(), *prefix])
+    stochastic = _dropout([host.get_input_embeddings(), *prefix])
     if stochastic:
         raise ConfigError(f"{stochastic} below the late layers draws anew in every epoch")
-    return Prefix(causal_lm, prefix, anatomy.hidden_size)
+    return Prefix(host, prefix, anatomy.hidden_size)
 
 
-def _head_parameters(causal_lm: PreTrainedModel) -> list[nn.Parameter]:
+def _head_parameters(host: PreTrainedModel, path: str) -> list[nn.Parameter]:
     """Return the head's own parameters; a head that is tied to the embeddings has none."""
-    embeddings: Any = causal_lm.get_input_embeddings()
-    head: Any = causal_lm.get_output_embeddings()
+    embeddings: Any = host.get_input_embeddings()
     below = {id(p) for p in embeddings.parameters()}
-    return [p for p in head.parameters() if id(p) not in below]
+    return [p for p in host.get_submodule(path).parameters() if id(p) not in below]
 
 
 def _dropout(modules: list[Any]) -> str | None:

@@ -59,7 +59,12 @@ def _parser() -> Parser:
     )
     parser.add_argument("--model", required=True, help="base model: folder or hub name")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all of them"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        default=list(PARTS),
+        help="default: all of them",
     )
     parser.add_argument("--k", type=int, default=3, help="late layers (default: 3)")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch (default: 8)")

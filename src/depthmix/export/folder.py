@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 import depthmix
-from depthmix.adapters import MODULE_NAME, causal_lm_of
+from depthmix.adapters import MODULE_NAME, host_of
 from depthmix.errors import ConfigError, DepthmixError
 from depthmix.runtime import runtime_of
 
@@ -37,15 +37,15 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty")
     runtime = runtime_of(model)
-    causal_lm = _merged(model)
+    host = _merged(model)
     mixture = runtime.mixture()
     if mixture is None or mixture.config.k == 1:
         raise DepthmixError("there is no mixture to export: k is 1, or MoDE is switched off")
-    base = type(causal_lm)
+    base = type(host)
     if not base.__module__.startswith("transformers."):
         raise ConfigError(f"{base.__name__} is no class of transformers: its code is not there")
     anatomy, config = runtime.anatomy, mixture.config
-    causal_lm.config.depthmix = {
+    host.config.depthmix = {
         "k": config.k,
         "layers": list(anatomy.layer_paths),
         "norm": anatomy.norm_path,
@@ -56,11 +56,11 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         "prior": mixture.router.prior.tolist(),
         "parameters": {name: list(p.shape) for name, p in mixture.named_parameters()},
     }
-    causal_lm.config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.DepthMixForCausalLM"}
+    host.config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.DepthMixForCausalLM"}
     staging = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(staging, ignore_errors=True)
-    weights = {n: t for n, t in causal_lm.state_dict().items() if n != f"{MODULE_NAME}.spec"}
-    causal_lm.save_pretrained(staging, state_dict=weights)
+    weights = {n: t for n, t in host.state_dict().items() if n != f"{MODULE_NAME}.spec"}
+    host.save_pretrained(staging, state_dict=weights)
     code = _TEMPLATE.read_text("utf-8").format(
         base=base.__name__, module=base.__module__, version=depthmix.__version__
     )
@@ -74,7 +74,7 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 def _merged(model: nn.Module) -> Any:
     """Return the causal language model with the tuning method merged and MoDE kept."""
     if not isinstance(model, PeftModel):
-        return causal_lm_of(model)
+        return host_of(model)
     if model.active_peft_config.is_prompt_learning:
         raise DepthmixError("a learned prompt cannot be merged into weights")
     merge: Any = model.merge_and_unload
