@@ -12,7 +12,7 @@ import gc
 import re
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.utils import ModulesToSaveWrapper, _set_trainable
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -59,13 +59,17 @@ class ActiveMixture:
             return False  # not prompt learning: a tuner sets this on the model it changes
         if self._peft_model is None:
             # Nothing leads from a module to its PeftModel; look for it once. By type, since
-            # `isinstance` would wake lazy objects of other libraries.
+            # `isinstance` would wake lazy objects of other libraries. There is none once LN tuning
+            # was merged, which leaves the wrapper where it is.
             self._peft_model = next(
-                o
-                for o in gc.get_objects()
-                if issubclass(type(o), PeftModel) and o.get_base_model() is self._host
+                (
+                    o
+                    for o in gc.get_objects()
+                    if issubclass(type(o), PeftModel) and o.get_base_model() is self._host
+                ),
+                None,
             )
-        return self._peft_model._adapters_disabled
+        return self._peft_model is not None and self._peft_model._adapters_disabled
 
 
 def carry(model: PeftModel) -> None:
@@ -85,12 +89,13 @@ def with_mode(config: PeftConfig) -> PeftConfig:
     """Add MoDE to what a PEFT configuration saves, in place, and return it.
 
     Raises:
-        ConfigError: the tuning method cannot save further modules.
+        ConfigError: the tuning method cannot save further modules, or has a loss of its own.
     """
+    name = type(config).__name__
     if "modules_to_save" not in {field.name for field in dataclasses.fields(config)}:
-        raise ConfigError(
-            f"{type(config).__name__} has no modules_to_save, in which MoDE would be saved"
-        )
+        raise ConfigError(f"{name} has no modules_to_save, in which MoDE would be saved")
+    if config.peft_type == PeftType.CPT:
+        raise ConfigError(f"{name}: the method has a loss of its own, in place of the model's")
     untyped: Any = config
     saved = list(untyped.modules_to_save or [])
     if MODULE_NAME not in saved:

@@ -152,6 +152,11 @@ class _Probe:
         handles = [m.register_forward_hook(self._record, with_kwargs=True) for m in model.modules()]
         try:
             run_probe(model)
+        except Exception as error:  # whatever the model's own code needs beside
+            raise DiscoveryError(
+                f"{type(model).__name__} did not run on a few tokens alone "
+                f"({type(error).__name__}: {error})"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

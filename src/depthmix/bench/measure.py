@@ -25,11 +25,20 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median time of each call, all of them run in turn so that they share the noise."""
+def median_seconds(
+    calls: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True
+) -> dict[str, float]:
+    """Return the median time of each call, all of them run in turn so that they share the noise.
+
+    Args:
+        calls: what to time.
+        repeats: medians of so many.
+        warm_up: call each once beforehand; not needed where that was done.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+    if warm_up:
+        for call in calls.values():
+            call()
     for _ in range(repeats):
         for name, call in calls.items():
             _synchronize()

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from depthmix.errors import ConfigError
+from depthmix.files import write_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -57,6 +60,31 @@ def print_ratios(ratios: dict[str, float]) -> None:
     for name, value in ratios.items():
         out.add_row(name, f"{value:.3f}")
     Console().print(out)
+
+
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
+
+def require_markers(path: Path) -> None:
+    """Raise unless the file has the two lines between which the table goes.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    if BEGIN not in lines or END not in lines:
+        raise ConfigError(f"{path}: no lines {BEGIN} and {END}, between which the table goes")
+
+
+def write_table(path: Path, steps: Figures, baseline: str) -> None:
+    """Write time and memory of a training step, relative to the baseline, between the markers."""
+    lines = ["", "| one training step | time | peak memory |", "|---|---|---|"]
+    for name, row in steps.items():
+        ratios = [row[field] / steps[baseline][field] for field in ("seconds", "peak_bytes")]
+        lines.append(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    before, _, rest = path.read_text("utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(path, before + "\n".join([BEGIN, *lines, "", END]) + after)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -55,17 +55,17 @@ def measure_steps(
         for name in tqdm(names, desc="peak memory", unit="method")
     }
     built = {name: build(name, setting) for name in names}
-    seconds = median_seconds({name: step for name, (_, step) in built.items()}, repeats)
-    figures = {}
+    counts = {}
     for name, (model, step) in built.items():
         with CountHead(model.get_output_embeddings().weight) as counter:
             step()
-        figures[name] = {
-            "seconds": seconds[name],
-            "peak_bytes": peaks[name],
-            **asdict(counter.counts),
-        }
-    return figures
+        counts[name] = asdict(counter.counts)
+    steps = {name: step for name, (_, step) in built.items()}
+    seconds = median_seconds(steps, repeats, warm_up=False)
+    return {
+        name: {"seconds": seconds[name], "peak_bytes": peaks[name], **counts[name]}
+        for name in names
+    }
 
 
 def first_step_peak(name: str, setting: Setting) -> int:

@@ -40,14 +40,20 @@ def run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.plot:
         _require_matplotlib()
-    results = _measure(arguments)
-    from depthmix.bench.report import plot, print_ratios
+    from depthmix.bench.report import plot, print_ratios, require_markers, write_table
 
+    if arguments.table:
+        if "step" not in arguments.parts:
+            raise ConfigError("--table is of part step")
+        require_markers(Path(arguments.table))
+    results = _measure(arguments)
     print_ratios(results["ratios"])
     if arguments.json:
         write_text(Path(arguments.json), json.dumps(results, indent=1))
     if arguments.plot:
         plot(results, Path(arguments.plot))
+    if arguments.table:
+        write_table(Path(arguments.table), results["step"], "lora")
     return 0
 
 
@@ -69,10 +75,11 @@ def _parser() -> Parser:
     parser.add_argument("--k", type=int, default=3, help="late layers (default: 3)")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch (default: 8)")
     parser.add_argument("--longest", type=int, help="most tokens of a row (default: as GSM8K's)")
-    parser.add_argument("--repeats", type=int, default=3, help="medians of so many (default: 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="medians of so many (default: 5)")
     parser.add_argument("--full", action="store_true", help="larger shapes in part growth")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="draw the figures to this PNG file (needs matplotlib)")
+    parser.add_argument("--table", help="write the steps' ratios into this Markdown file")
     return parser
 
 

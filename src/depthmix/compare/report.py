@@ -49,7 +49,7 @@ def markdown(results: dict[str, Any], plots: str) -> str:
         if layers:
             parts.append("The late layers, means over the seeds, the last layer last:\n")
             parts.append(_markdown_table(LAYER_HEADER, layers))
-    parts.append(f"![Loss curves, and loss against trained parameters]({plots})\n")
+    parts.append(f"![Loss curves; loss and accuracy against trained parameters]({plots})\n")
     return "\n".join(parts)
 
 
@@ -106,42 +106,48 @@ def spread(values: list[float], form: str) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw, a task a row: loss curves in training, and held-out loss against parameters."""
+    """Draw, a task a row: loss curves in training; held-out loss and accuracy by parameters."""
     from matplotlib.figure import Figure
 
     tasks = list(_tasks(results["runs"]))
-    figure = Figure(figsize=(11, 3.6 * len(tasks)), layout="constrained")
-    for row, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+    figure = Figure(figsize=(13, 3.6 * len(tasks) + 0.5), layout="constrained")
+    rows = figure.subplots(len(tasks), 3, squeeze=False)
+    for (curves, losses, accuracies), task in zip(rows, tasks, strict=True):
         runs = [run for run in results["runs"] if run["task"] == task]
-        _plot_curves(row[0], task, runs)
-        _plot_sizes(row[1], task, runs)
+        _plot_curves(curves, runs)
+        _plot_sizes(losses, runs, "loss")
+        _plot_sizes(accuracies, runs, "accuracy")
+        curves.set(title=f"{task}: training loss, distillation included", ylabel="nats a token")
+        losses.set(title=f"{task}: held-out loss", ylabel="nats a token")
+        accuracies.set(title=f"{task}: accuracy", ylabel="share of rows")
+    handles, labels = rows[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
 
 
-def _plot_curves(axes: Axes, task: str, runs: list[Run]) -> None:
-    for method in dict.fromkeys(run["method"] for run in runs):
-        curves = [run["loss_curve"] for run in runs if run["method"] == method]
+def _plot_curves(axes: Axes, runs: list[Run]) -> None:
+    for method, own in _by_method(runs):
+        curves = [run["loss_curve"] for run in own]
         steps = [step for step, _ in curves[0]]
         means = [statistics.mean(curve[i][1] for curve in curves) for i in range(len(steps))]
         axes.plot(steps, means, label=method)
-    axes.set(title=f"{task}: loss in training", xlabel="step", ylabel="nats a token", yscale="log")
-    axes.legend(fontsize=7)
+    axes.set(xlabel="step", yscale="log")
 
 
-def _plot_sizes(axes: Axes, task: str, runs: list[Run]) -> None:
-    for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
-        losses = [run["loss"] for run in own]
-        error = statistics.stdev(losses) if len(losses) > 1 else 0.0
+def _plot_sizes(axes: Axes, runs: list[Run], metric: str) -> None:
+    for method, own in _by_method(runs):
+        values = [run[metric] for run in own]
+        error = statistics.stdev(values) if len(values) > 1 else 0.0
         size = own[0]["trainable_parameters"]
-        axes.errorbar(size, statistics.mean(losses), yerr=error, fmt="o", capsize=3, label=method)
-    axes.set(
-        title=f"{task}: held-out loss against size",
-        xlabel="trained parameters",
-        ylabel="nats a token",
-        xscale="log",
-    )
-    axes.legend(fontsize=7)
+        axes.errorbar(
+            size, statistics.mean(values), yerr=error, fmt="o", capsize=3, alpha=0.7, label=method
+        )
+    axes.set(xlabel="trained parameters", xscale="log")
+
+
+def _by_method(runs: list[Run]) -> Iterable[tuple[str, list[Run]]]:
+    for method in dict.fromkeys(run["method"] for run in runs):
+        yield method, [run for run in runs if run["method"] == method]
 
 
 def _tasks(runs: list[Run]) -> Iterable[str]:

@@ -1,0 +1,218 @@
+"""TRL's trainers: what each makes of MoDE; and SFTTrainer's ways to lay out its rows."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+import depthmix
+from models import ANATOMIES, randomise, tiny_model
+
+K = 3
+CHAT = (
+    "{% for m in messages %}<s> {% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }} </s> {% endgeneration %}"
+    "{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    vocabulary |= {f"w{i}": i for i in range(4, 97)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT,
+    )
+
+
+def attached(base: Any, task_type: str = "CAUSAL_LM") -> PeftModel:
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type=task_type)
+    config = depthmix.MoDEConfig(k=K, distill_fraction=1.0)
+    return depthmix.attach(copy.deepcopy(base), config, lora)  # type: ignore[no-any-return]
+
+
+def arguments(cls: type, folder: Path, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+    }
+    return cls(**(values | changes))
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def moved(model: PeftModel) -> bool:
+    """Tell whether the router has learned: it starts at zero."""
+    return all(
+        bool(p.any()) for n, p in model.named_parameters() if "router" in n and p.requires_grad
+    )
+
+
+TEXTS = [{"text": " ".join(f"w{4 + (i * j) % 90}" for j in range(2, 5 + i % 5))} for i in range(12)]
+PAIRS = [{"prompt": f"w{i} w6", "completion": f" w{i + 1} w{i + 2}"} for i in range(7, 19)]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"w{i} w5"},
+            {"role": "assistant", "content": f"w{i + 1}"},
+        ]
+    }
+    for i in range(7, 19)
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "supervised"),
+    [
+        (TEXTS, {}, None),
+        (TEXTS, {"packing": True, "max_length": 16}, None),
+        (TEXTS, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}, None),
+        (PAIRS, {"completion_only_loss": True}, 3),
+        (CHATS, {"assistant_only_loss": True}, 2),
+    ],
+    ids=["text", "packing", "wrapped", "completion", "assistant"],
+)
+@pytest.mark.filterwarnings("ignore:.*[Pp]adding-free.*", "ignore:.*packing.*")
+def test_layouts_of_rows(
+    base: LlamaForCausalLM,
+    tokenizer: Any,
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    changes: dict[str, Any],
+    supervised: int | None,
+) -> None:
+    """The loss is the one of plain MoDE on the batches that the trainer makes."""
+    trainer = SFTTrainer(
+        attached(base),
+        arguments(SFTConfig, tmp_path, max_steps=1, learning_rate=0.0, **changes),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batches: list[dict[str, Any]] = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda features: batches.append(collate(features)) or batches[-1]
+    trainer.train()
+    batch = batches[0]
+    by_hand = attached(base).train()
+    # As the trainer does; with a cache, transformers does not look for packed rows.
+    expected = by_hand(**batch, use_cache=False).loss.item()
+    assert logged(trainer)[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    if supervised is not None:
+        assert (batch["labels"] != -100).sum() == supervised * len(batch["labels"])
+
+
+@pytest.mark.filterwarnings("ignore:`loss_type='chunked_nll'`:FutureWarning")
+@pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
+def test_losses_of_sft(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, loss_type: str
+) -> None:
+    """TRL computes both in chunks; MoDE's loss, which does too, takes the place of either."""
+    trainer = SFTTrainer(
+        attached(base),
+        arguments(SFTConfig, tmp_path, loss_type=loss_type),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert {"ce_loss", "distill_loss", "router_entropy"} <= set(logged(trainer)[0])
+
+
+def test_group_relative_policy_optimisation(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Replies are generated by the mixture and scored by it; there is no distillation."""
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(text.split()))) + 0.1 * i for i, text in enumerate(completions)]
+
+    model = attached(base)
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=reward,
+        args=arguments(
+            GRPOConfig, tmp_path, num_generations=4, max_completion_length=6, temperature=1.0
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"w{i} w6"} for i in range(7, 15)]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert moved(model)
+    assert "distill_loss" not in logged(trainer)[0]
+
+
+def test_preferences_without_pairs(base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    model = attached(base)
+    rows = [{"prompt": "w5 w6", "completion": f" w{i}", "label": bool(i % 2)} for i in range(7, 15)]
+    trainer = KTOTrainer(
+        model,
+        args=arguments(KTOConfig, tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert moved(model)
+
+
+def test_reward_model(tokenizer: Any, tmp_path: Path) -> None:
+    """A classifier with one output; the trainer makes its loss of the mixture's scores."""
+    anatomy = ANATOMIES["llama"]
+    torch.manual_seed(0)
+    config = anatomy.config(**anatomy.options, num_labels=1)
+    model = attached(randomise(LlamaForSequenceClassification(config)), "SEQ_CLS")
+    pairs = [{"chosen": f"w{i} w6", "rejected": f"w{i} w7"} for i in range(8, 20)]
+    trainer = RewardTrainer(
+        model,
+        args=arguments(RewardConfig, tmp_path, max_steps=12),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in logged(trainer)]
+    assert losses[-1] < losses[0]
+    assert moved(model)
