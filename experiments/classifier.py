@@ -143,8 +143,8 @@ def main() -> None:
             model, seconds, log = tuned(options, mode, best, seed, rows)
             right[name].append(answered(model, tokenizer, test))
             accuracy = statistics.mean(right[name][-1])
-            routing = {k: v for k, v in log[-2].items() if k.startswith("router")}
-            run = {"rate": best, "accuracy": accuracy, "seconds": seconds, **routing}
+            routing = [entry for entry in log if "router_entropy" in entry][-1:]
+            run = {"rate": best, "accuracy": accuracy, "seconds": seconds, "log": routing}
             results["test"].setdefault(name, {})[seed] = run
             print(f"{name} at {best}, seed {seed}: {run}", flush=True)
     better = np.array(right["lora+mode"]) - np.array(right["lora"])

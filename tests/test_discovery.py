@@ -164,7 +164,7 @@ class Backwards(nn.ModuleList):
 def test_layers_out_of_order_are_refused():
     model = tiny_model("llama")
     model.model.layers = Backwards(model.model.layers)
-    with pytest.raises(DiscoveryError, match=r"last layer, model\.layers\.3 \(1, 5, 32\) float32"):
+    with pytest.raises(DiscoveryError, match="do not run in the order"):
         discover(model, MoDEConfig())
 
 
@@ -226,14 +226,29 @@ def test_models_without_a_final_norm_mix_the_states_as_they_are(name):
 def test_unclear_structure_is_refused_and_left_as_it_was():
     model = tiny_model("llama")
     between = model.model.register_forward_hook(
-        lambda _m, _a, out: type(out)(last_hidden_state=out.last_hidden_state.sin())
+        lambda _m, _a, out: type(out)(last_hidden_state=out.last_hidden_state.sin().cumsum(0))
     )
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(DiscoveryError, match=r"last layer, \S+ \(1, 5, 32\).*no final norm"):
+    with pytest.raises(DiscoveryError, match=r"last layer, \S+ \(1, 5, 32\).*every row alike"):
         depthmix.attach(model, MoDEConfig(k=2))
     between.remove()
     assert model.state_dict().keys() == before.keys()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_function_between_norm_and_head_takes_stacked_states():
+    """No module leads from the last layer to the head; whatever does treats every row alike."""
+    base = tiny_model("llama")
+    base.model.register_forward_hook(
+        lambda _m, _a, out: type(out)(last_hidden_state=out.last_hidden_state.sin())
+    )
+    model = attached(base, k=2)
+    assert model.depthmix_runtime.anatomy.stacked
+    with torch.no_grad():
+        given = reference.head_inputs(base, "model.layers", "lm_head", 2, input_ids=token_ids())
+        raw = reference.raw_logits(base, reference.adapted(model.depthmix, given))
+        expected = (reference.gate(model.depthmix, given).unsqueeze(-1) * raw).sum(-2)
+        torch.testing.assert_close(model(token_ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_transform_before_the_head_is_taken_as_the_final_norm():

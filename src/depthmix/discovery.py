@@ -95,10 +95,13 @@ def _discover_language_model(model: PreTrainedModel, config: MoDEConfig) -> Anat
     path, layers = _layers(probe, config, head_input.shape)
     try:
         norm: nn.Module | None = _final_norm(probe, layers, head, config.norm_path)
-    except DiscoveryError:
+    except DiscoveryError as no_norm:
         if config.norm_path:
             raise
-        _require_rows_alone(model, layers[-1], head, head_input)
+        try:
+            _require_rows_alone(model, layers[-1], head, head_input)
+        except DiscoveryError as error:
+            raise DiscoveryError(f"{no_norm}; {error}") from error
         norm = None
     return Anatomy(
         layers_path=path,
@@ -240,6 +243,9 @@ def _layers(probe: _Probe, config: MoDEConfig, shape: tuple[int, ...]) -> tuple[
     layers = lists[path]
     if any(probe.calls[layer] != 1 for layer in layers):
         raise DiscoveryError(f"{path}: a layer is called more than once a forward (shared layers)")
+    completed = [module for module in probe.outputs if module in set(layers)]
+    if completed != list(layers):
+        raise DiscoveryError(f"{path}: the layers do not run in the order in which they are listed")
     return path, layers
 
 
@@ -352,7 +358,8 @@ def _require_rows_alone(
         torch.allclose(rows[i], expected[0], rtol=1e-2, atol=1e-2) for i in (0, 1, 4, 5)
     ):
         raise DiscoveryError(
-            f"{type(model).__name__}: what lies between the last layer and the head mixes rows"
+            f"{type(model).__name__}: what lies between the last layer and the head does not treat "
+            "every row alike"
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TrainingStatistics:
-    """Sums over supervised tokens (rows, of a classifier) since the last `read`.
+    """Sums over supervised tokens (rows, of a classifier) since the last `take`.
 
     They are tensors on the model's device: adding never waits for the device.
     """
@@ -33,6 +33,10 @@ class TrainingStatistics:
         ]
         sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
         self._sums = sums if self._sums is None else self._sums + sums
+
+    def are_finite(self) -> bool:
+        """Tell whether no loss since the last `take` was infinite or NaN. Waits for the device."""
+        return self._sums is None or bool(self._sums.isfinite().all())
 
     def take(self) -> Tensor | None:
         """Return the sums, which processes may add up, and start anew; None if there are none."""

@@ -12,6 +12,7 @@ from depthmix.commands.train_help import print_all_options, print_help
 from depthmix.data.formats import conversational
 from depthmix.data.load import load_data
 from depthmix.errors import ConfigError, DataError, TrainingError
+from depthmix.files import write_errors
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments, parse
 
@@ -41,7 +42,8 @@ def train(arguments: TrainArguments) -> int:
         if main_process:
             print(_stopped(trainer, folder), file=sys.stderr)
         return 130
-    output.save(folder, trainer)
+    with write_errors():
+        output.save(folder, trainer)
     if main_process:
         print(_summary(trainer, folder))
     return 0
@@ -192,7 +194,8 @@ def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
     import torch
 
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with write_errors():
+            trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "the device is out of memory: lower per_device_train_batch_size (and raise "

@@ -8,7 +8,13 @@ from typing import Any
 import transformers.trainer
 from accelerate.utils import reduce
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
 from depthmix.errors import DepthmixError, TrainingError
@@ -55,6 +61,23 @@ class RoutingCallback(TrainerCallback):
         mixture = runtime and runtime.mixture()
         if runtime and mixture:
             runtime.hold_router = state.global_step < mixture.config.router_warmup_steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before a loss that is no number gets into the logs as 0, or a checkpoint is written.
+
+        Looked at where the Trainer logs or saves, since looking waits for the device.
+        """
+        runtime = _runtime(kwargs["model"])
+        due = DefaultFlowCallback().on_step_end(args, state, TrainerControl())
+        if runtime is None or not (due.should_log or due.should_save):
+            return
+        if not runtime.statistics.are_finite():
+            raise TrainingError(
+                f"the loss is not a finite number at step {state.global_step} or shortly before: "
+                "lower the learning rate, or look for broken rows; the last checkpoint is as it was"
+            )
 
     def on_log(
         self,
