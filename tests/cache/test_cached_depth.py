@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from trl import SFTConfig
 
 import depthmix
 from depthmix.adapters import late_layers, mode_only_config
@@ -289,3 +290,13 @@ def test_cache_on_says_why_it_cannot(tiny, rows, tmp_path, capsys):
     arguments = ["train", "--model_name_or_path", tiny, "--dataset", rows]
     assert main([*arguments, "--output_dir", str(tmp_path / "o"), "--cache", "on"]) == 2
     assert "cache: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cache", "status"), [("auto", 0), ("on", 2)])
+def test_several_processes_do_without(tiny, rows, tmp_path, capsys, monkeypatch, cache, status):
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    arguments = ["train", "--model_name_or_path", tiny, "--dataset", rows, "--disable_tqdm"]
+    arguments += ["--method", "none", "--num_train_epochs", "2", "--cache", cache]
+    assert main([*arguments, "--output_dir", str(tmp_path / "o")]) == status
+    said = capsys.readouterr()
+    assert "it is for one process" in said.out + said.err

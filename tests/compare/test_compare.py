@@ -167,3 +167,9 @@ def test_failed_run_is_named_and_loses_no_other(tiny, pairs, tmp_path, capsys):
     assert "k = 99" in log
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [run["method"] for run in results["runs"]] == ["lora"]
+
+
+def test_many_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare", str(write(tmp_path))]) == 2
+    assert "starts its runs itself" in capsys.readouterr().err

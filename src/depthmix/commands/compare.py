@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +28,8 @@ examples:
 def run(argv: Sequence[str]) -> int:
     """Run what is not done, then print and write what there is."""
     arguments = _parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("compare starts its runs itself: call it once, with --workers or --ray")
     if arguments.workers < 1:
         raise ConfigError("--workers must be at least 1")
     if arguments.ray and find_spec("ray") is None:

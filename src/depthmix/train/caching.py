@@ -28,6 +28,7 @@ def caching(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDe
         cache = None
         try:
             if run.cache == "on" or (run.cache == "auto" and _pays(arguments, trainer)):
+                _require_one_process(arguments)
                 _require_stable_rows(arguments)
                 folder = Path(run.cache_dir) if run.cache_dir else None
                 tokens = _tokens(trainer)
@@ -51,6 +52,11 @@ def _pays(arguments: TrainArguments, trainer: SFTTrainer) -> bool:
     if training.max_steps > 0:
         return training.max_steps > steps
     return training.num_train_epochs > 1
+
+
+def _require_one_process(arguments: TrainArguments) -> None:
+    if arguments.training.world_size > 1:
+        raise ConfigError("it is for one process; with several, each would write what others read")
 
 
 def _require_stable_rows(arguments: TrainArguments) -> None:
