@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +25,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -144,3 +148,19 @@ def token_ids(batch: int = 2, length: int = 9) -> Tensor:
     """Return random ids above the special ones; the same on every call."""
     generator = torch.Generator().manual_seed(7)
     return torch.randint(4, VOCABULARY, (batch, length), generator=generator)
+
+
+def word_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 97 words: four special ones, then w4 to w96."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    vocabulary |= {f"w{i}": i for i in range(4, VOCABULARY)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **options,
+    )

@@ -10,8 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaForCausalLM,
@@ -25,7 +23,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import depthmix
 from depthmix.errors import TrainingError
 from depthmix.runtime import runtime_of
-from models import tiny_model
+from models import tiny_model, word_tokenizer
 
 IGNORED = -100
 LEARNING_RATE = 1e-2
@@ -39,15 +37,7 @@ def base() -> LlamaForCausalLM:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    vocabulary |= {f"w{i}": i for i in range(4, 97)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")),
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
+    return word_tokenizer()
 
 
 def rows(count: int = 16) -> list[dict[str, list[int]]]:

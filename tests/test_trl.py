@@ -10,9 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import (
     GRPOConfig,
@@ -26,7 +23,7 @@ from trl import (
 )
 
 import depthmix
-from models import ANATOMIES, randomise, tiny_model
+from models import ANATOMIES, randomise, tiny_model, word_tokenizer
 
 K = 3
 CHAT = (
@@ -44,18 +41,7 @@ def base() -> LlamaForCausalLM:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    vocabulary |= {f"w{i}": i for i in range(4, 97)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=CHAT,
-    )
+    return word_tokenizer(chat_template=CHAT)
 
 
 def attached(base: Any, task_type: str = "CAUSAL_LM") -> PeftModel:
