@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from depthmix.cli import main
 from depthmix.data.load import load_data
 from depthmix.evaluate.harness import evaluate
+from depthmix.evaluate.replies import ReplyFile
 from depthmix.evaluate.tasks import known_tasks, local_task
 from models import attached
 
@@ -122,6 +123,18 @@ def test_command_scores_writes_and_reuses_replies(tiny, tmp_path, capsys, monkey
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", no_generation)
     assert main(arguments) == 0
     assert json.loads((tmp_path / "out/results.json").read_text())["results"] == results["results"]
+
+
+def test_replies_survive_a_process_that_is_killed(tmp_path):
+    path = tmp_path / "cache" / "replies.jsonl"
+    replies = ReplyFile(path)
+    replies["a"], replies["b"] = "text\n", (-1.5, True)
+    with path.open("ab") as file:
+        file.write(b'["c", "half a li')
+    again = ReplyFile(path)
+    assert dict(again) == {"a": "text\n", "b": [-1.5, True]}
+    again["d"] = "more"
+    assert list(ReplyFile(path)) == ["a", "b", "d"]
 
 
 def test_generator_is_scored_by_its_own_verifier(tiny, tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def _cache(arguments: argparse.Namespace) -> Path:
     stamps = [[path.name, path.stat().st_mtime_ns] for path in weight_files(arguments.target)]
     identity = json.dumps([arguments.target, arguments.model, stamps])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return Path(arguments.output) / "cache" / digest
+    return Path(arguments.output) / "cache" / f"{digest}.jsonl"
 
 
 def _print(figures: dict[str, dict[str, Any]]) -> None:

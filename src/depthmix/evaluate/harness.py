@@ -12,6 +12,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from depthmix.evaluate.replies import ReplyFile, ReplyingLM
 from depthmix.evaluate.tasks import CLEAN, LocalTask, Scoring, harness_config
 
 Results = dict[str, Any]
@@ -38,8 +39,8 @@ def evaluate(
         limit: documents of each task; None for all.
         scoring: generate a reply and read its answer, or compare likelihoods of the answers.
         max_new_tokens: length of a reply at most.
-        cache: file for the replies so far; a run that was stopped goes on from it. It belongs to
-            one model.
+        cache: file for the replies so far (JSON lines); a run that was stopped goes on from it. It
+            belongs to one model.
 
     Returns:
         Figures by task, each with its standard error, and every document with its reply by task.
@@ -49,9 +50,9 @@ def evaluate(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = next(model.parameters()).device
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
+    lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
     found: Any = simple_evaluate(
-        lm,
+        lm if cache is None else ReplyingLM(lm, ReplyFile(cache)),
         tasks=[
             task
             if isinstance(task, str)
@@ -60,7 +61,6 @@ def evaluate(
         ],
         batch_size=batch_size,
         limit=limit,
-        use_cache=None if cache is None else str(cache),
         bootstrap_iters=1000,
     )
     figures = {
