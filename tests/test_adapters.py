@@ -174,6 +174,12 @@ def test_two_adapters_each_have_a_mode_of_their_own(base: LlamaForCausalLM, tmp_
     assert torch.equal(logits(model), first)
 
 
+def test_rows_of_a_batch_through_different_adapters_are_refused(base: LlamaForCausalLM) -> None:
+    model = attach(base, lora()).eval()
+    with pytest.raises(DepthmixError, match="adapter_names"):
+        model(input_ids=IDS, adapter_names=["__base__"] * len(IDS))
+
+
 def test_adapter_loaded_beside_another(base: LlamaForCausalLM, tmp_path: Path) -> None:
     other = attach(base, lora())
     train(other)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from depthmix.config import MoDEConfig
 from depthmix.discovery import discover
-from depthmix.errors import ConfigError
+from depthmix.errors import ConfigError, DepthmixError
 from depthmix.mixture import DepthMixture
 
 MODULE_NAME = "depthmix"
@@ -43,6 +43,8 @@ class ActiveMixture:
         module: Any = self._host.get_submodule(MODULE_NAME)
         if not isinstance(module, ModulesToSaveWrapper):
             return module  # type: ignore[no-any-return]
+        if _mixes_adapters(module):
+            raise DepthmixError("adapter_names: one batch through several adapters has no MoDE")
         active = module.active_adapters
         if module.disable_adapters or not active or self._prompt_learning_disabled():
             return None
@@ -70,6 +72,12 @@ class ActiveMixture:
                 None,
             )
         return self._peft_model is not None and self._peft_model._adapters_disabled
+
+
+def _mixes_adapters(wrapper: ModulesToSaveWrapper) -> bool:
+    """Tell whether PEFT has been given `adapter_names`, which reach its modules as hooks."""
+    hooks = wrapper._forward_pre_hooks.values()
+    return any(isinstance(h, functools.partial) and "adapter_names" in h.keywords for h in hooks)
 
 
 def carry(model: PeftModel) -> None:

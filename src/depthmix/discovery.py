@@ -206,14 +206,17 @@ def _probe_inputs(model: PreTrainedModel, rows: int = 1) -> dict[str, Any]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        # A 4-bit linear map of bitsandbytes that runs in evaluation on a CPU repacks its weight, and
+        # gives no gradients from then on.
+        module.training = isinstance(module, nn.Linear)
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            module.training = training
 
 
 def _layers(probe: _Probe, config: MoDEConfig, shape: tuple[int, ...]) -> tuple[str, nn.ModuleList]:

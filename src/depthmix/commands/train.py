@@ -157,8 +157,8 @@ def _loading_options(arguments: TrainArguments) -> dict[str, Any]:
     training.model_init_kwargs = None  # used up: TRL warns about it beside a loaded model
     quantization = get_quantization_config(options)
     if quantization is not None:
-        device = {"": PartialState().local_process_index}
-        loading |= {"quantization_config": quantization, "device_map": device}
+        device_map = {"": PartialState().device}
+        loading |= {"quantization_config": quantization, "device_map": device_map}
     return loading
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers.trainer
 from accelerate.utils import reduce
 from torch import nn
@@ -31,6 +32,15 @@ class RoutingCallback(TrainerCallback):
     Every Trainer made after the first `attach` has it, in front of all others, so that what it
     adds to the logs reaches every tracker. It does nothing for a model without MoDE.
     """
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep MoDE in fp32 where TRL has rounded all that is trained on a quantised base to bf16."""
+        runtime = _runtime(kwargs["model"])
+        mixture = runtime and runtime.mixture()
+        for weight in mixture.parameters() if mixture else ():
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
