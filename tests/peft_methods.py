@@ -187,17 +187,18 @@ def _short(error: BaseException) -> str:
 
 
 NOTES = """
-Refused with any method: one batch through several adapters (`adapter_names`). As with any module in `modules_to_save`,
-PEFT combines no weighted adapters that carry MoDE (`add_weighted_adapter`) and leaves it out when it converts an adapter
-to LoRA (`convert_to_lora`).
+Refused with any method: one batch through several adapters (`adapter_names`). As with any module
+in `modules_to_save`, PEFT combines no weighted adapters that carry MoDE (`add_weighted_adapter`)
+and leaves it out when it converts an adapter to LoRA (`convert_to_lora`).
 
 ## Quantised base models
 
-bitsandbytes' 4 and 8 bits: loss and gradients are those of the same model with its weights written out, and an adapter
-loads onto a fresh base (`tests/test_quantised.py`, on a CPU). `depthmix train --load_in_4bit` is QLoRA with MoDE, whose
-own parameters stay in fp32. On a CPU, bitsandbytes 0.50 repacks a 4-bit weight in the first evaluation and gives no right
-gradients after that, with MoDE or without: there, train with `--eval_strategy no`. Any other quantisation works whose
-modules can be called: the weight of none is read.
+bitsandbytes' 4 and 8 bits: loss and gradients are those of the same model with its weights
+written out, and an adapter loads onto a fresh base (`tests/test_quantised.py`, on a CPU).
+`depthmix train --load_in_4bit` is QLoRA with MoDE, whose own parameters stay in fp32. On a CPU,
+bitsandbytes 0.50 repacks a 4-bit weight in the first evaluation and gives no right gradients
+after that, with MoDE or without: there, train with `--eval_strategy no`. Any other quantisation
+works whose modules can be called: the weight of none is read.
 """.splitlines()
 
 

@@ -32,7 +32,7 @@ def train_once(base: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
     model = depthmix.attach(base, depthmix.MoDEConfig(k=3), lora).train()
     with torch.no_grad():  # some start at zero, which would stop the gradients of others
         for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
-            weight += 0.02 * torch.randn_like(weight)
+            weight.add_(0.02 * torch.randn_like(weight))
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     return model, loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     LlamaForCausalLM,

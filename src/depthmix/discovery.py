@@ -208,8 +208,8 @@ def _probe_inputs(model: PreTrainedModel, rows: int = 1) -> dict[str, Any]:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     for module in modes:
-        # A 4-bit linear map of bitsandbytes that runs in evaluation on a CPU repacks its weight, and
-        # gives no gradients from then on.
+        # On a CPU, a 4-bit linear map of bitsandbytes repacks its weight when it first runs in
+        # evaluation, and gives no gradients from then on.
         module.training = isinstance(module, nn.Linear)
     try:
         with torch.no_grad():

@@ -36,7 +36,7 @@ class RoutingCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep MoDE in fp32 where TRL has rounded all that is trained on a quantised base to bf16."""
+        """Keep MoDE in fp32 where TRL has rounded what is trained on a quantised base to bf16."""
         runtime = _runtime(kwargs["model"])
         mixture = runtime and runtime.mixture()
         for weight in mixture.parameters() if mixture else ():
