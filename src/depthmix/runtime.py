@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -73,6 +72,7 @@ class Runtime(ABC):
         self.records: list[list[Tensor]] = []
         self.statistics = TrainingStatistics(anatomy.layer_indices)
         self.hold_router = False
+        self._within_norm = False
         self.trainer: TrainerKind | None = None
         self.forward_names = list(inspect.signature(type(host).forward).parameters)[1:]
         layers = [host.get_submodule(path) for path in anatomy.layer_paths]
@@ -148,6 +148,8 @@ class Runtime(ABC):
         self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Return the mixture in place of the last layer's normed state."""
+        if self._within_norm:
+            return None
         states = [tap.take() for tap in self.taps]
         mixture = self.mixture_at_work()
         if mixture is None:
@@ -188,7 +190,17 @@ class Runtime(ABC):
         self, norm: nn.Module, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Apply the final norm, if there is one, to another state."""
-        return _call_again(norm, state, args, kwargs) if self.anatomy.has_norm else state
+        if not self.anatomy.has_norm:
+            return state
+        # As a module, since the hooks of others may bring its weight.
+        self._within_norm = True
+        try:
+            if args:
+                return norm(state, *args[1:], **kwargs)  # type: ignore[no-any-return]
+            name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+            return norm(**{**kwargs, name: state})  # type: ignore[no-any-return]
+        finally:
+            self._within_norm = False
 
     def _checked(self, states: list[Tensor | None]) -> list[Tensor]:
         missing = [
@@ -232,14 +244,3 @@ def require_trainable(host: nn.Module, mixture: DepthMixture) -> None:
             "'depthmix' into modules_to_save of the PEFT configuration, or pass that "
             "configuration to depthmix.attach(model, config, peft_config)"
         )
-
-
-def _call_again(
-    norm: nn.Module, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """Apply the final norm to another state, past its hooks: one of them is ours."""
-    forward: Callable[..., Tensor] = norm.forward
-    if args:
-        return forward(state, *args[1:], **kwargs)
-    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-    return forward(**{**kwargs, name: state})
