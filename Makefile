@@ -63,6 +63,7 @@ types: setup ## types alone
 
 bench: setup ## measure time and memory against what one would use instead (ARGS passes options)
 	$(VENV)/bin/depthmix bench --model $$($(PYTHON) examples/embedded_model.py) \
+		--repeats 3 \
 		--json bench.json --plot bench.png --table README.md $(ARGS)
 
 models: setup ## check every type of causal model and write docs/models.json, docs/models.md

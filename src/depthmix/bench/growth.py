@@ -14,7 +14,7 @@ SHORT = Shape(tokens=256, vocabulary=32_000, width=256)
 FULL = Shape(tokens=1024, vocabulary=32_000, width=1024)
 VOCABULARIES = (32_000, 128_000, 256_000)
 LATE_LAYERS = (1, 2, 3, 5, 8)
-TOKENS = {False: (256, 1024, 2048), True: (256, 1024, 2048, 4096, 8192)}
+TOKENS = {False: (256, 512, 1024), True: (256, 1024, 2048, 4096, 8192)}
 
 
 def measure_growth(full: bool, most_bytes: int) -> list[dict[str, Any]]:

@@ -133,7 +133,9 @@ def _decode(arguments: argparse.Namespace) -> Measured:
     from depthmix.bench.ratios import decoding_ratios
 
     prompt, tokens = arguments.longest or 256, 16
-    figures = measure_decoding(arguments.model, arguments.k, prompt, tokens, arguments.repeats)
+    # More of them, since they are short and the ratio is close to one.
+    repeats = 3 * arguments.repeats
+    figures = measure_decoding(arguments.model, arguments.k, prompt, tokens, repeats)
     title = f"prefill of {prompt} tokens, then one token at a time"
     return title, figures, MERGED, decoding_ratios(figures)
 
