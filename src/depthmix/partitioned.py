@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
-def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered(weights: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """Have the whole of some weights on every process, to read; without ZeRO-3, do nothing."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
