@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 # For the tests alone. PEFT imports bitsandbytes wherever it is installed, which takes a second;
 # accelerate does so with DeepSpeed, which gets an environment on top of the other.
 $(FOR_TESTS): $(STAMP)
-	@$(PIP) -c constraints.txt bitsandbytes
+	@$(PIP) -c constraints.txt bitsandbytes -e ".[ray]"
 	@$(PYTHON) -m venv $(VENV)/zero3
 	@echo "import site; site.addsitedir('$$($(PYTHON) -c $(SITE))')" > $$($(VENV)/zero3/bin/python -c $(SITE))/base.pth
 	@$(VENV)/zero3/bin/python $(INSTALL) --no-build-isolation -c constraints.txt deepspeed

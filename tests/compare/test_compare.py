@@ -138,7 +138,7 @@ def test_whole_comparison_is_cached(tiny, pairs, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 def test_runs_are_spread_by_ray(tiny, pairs, tmp_path):
-    pytest.importorskip("ray")  # an extra that the development environment leaves out
+    pytest.importorskip("ray", reason="`make test` installs Ray")
     path = write(
         tmp_path,
         model_name_or_path=tiny,
