@@ -55,7 +55,7 @@ def _close(a: list[float], b: list[float]) -> bool:
     return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=TOLERANCE, atol=1e-6)
 
 
-def _sample(weight: Any) -> list[float]:
+def _sample(weight: Tensor) -> list[float]:
     with gathered([weight]):
         flat = weight.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()

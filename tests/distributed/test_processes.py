@@ -1,23 +1,21 @@
 """Two real processes give the parameters of one: DDP, uneven batches, accumulation, resume."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch, run
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
 def train(out, processes, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), str(WORKER), str(out), *options]
     if processes == 1:
-        command = [sys.executable, str(WORKER), str(out), *options]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+        run([sys.executable, WORKER, out, *options])
+    else:
+        launch(WORKER, processes, out, *options)
     return load_file(out / "final/adapter_model.safetensors")
 
 
