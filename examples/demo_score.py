@@ -26,7 +26,7 @@ from transformers.utils import logging
 import depthmix
 from demo_task import TASKS, Row, Task, read_rows
 from depthmix.analysis.layers import encode, score_rows
-from depthmix.runtime import runtime_of
+from depthmix.model.runtime import runtime_of
 
 T = TypeVar("T")
 

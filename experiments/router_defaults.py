@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import depthmix
-from depthmix.adapters import late_layers, mode_only_config
 from depthmix.analysis.layers import collate, encode, score_rows
-from depthmix.runtime import runtime_of
+from depthmix.carry.adapters import late_layers, mode_only_config
+from depthmix.model.runtime import runtime_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from embedded_model import embedded_model
@@ -207,9 +207,9 @@ def build(setting: Run, model: Any) -> Any:
     config = None if setting.mode is None else depthmix.MoDEConfig(**setting.mode)
     if not setting.lora:
         return depthmix.attach(model, config, mode_only_config())
-    peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_config: PeftConfig = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     if setting.late_only:
-        late_layers(peft_config, model, 3)
+        peft_config = late_layers(peft_config, model, 3)
     if config is None:
         return get_peft_model(model, peft_config)
     return depthmix.attach(model, config, peft_config)

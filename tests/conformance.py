@@ -28,8 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import depthmix
 import reference
-from depthmix.adapters import mode_only_config
+from depthmix.carry.adapters import mode_only_config
 from depthmix.errors import DepthmixError
+from depthmix.model.anatomy import Between
 from models import PLAIN, choose_last_layer, perturb, randomise
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -262,9 +263,9 @@ def naive(base, model, **inputs):
 
 def normed_states(base, anatomy, **inputs):
     """What the head gets of each late layer, (b, t, k, d)."""
-    if anatomy.stacked:
+    if anatomy.between is Between.MODULES:
         return reference.head_inputs(base, anatomy.layers_path, anatomy.head_path, K, **inputs)
-    norm = base.get_submodule(anatomy.norm_path) if anatomy.has_norm else torch.nn.Identity()
+    norm = base.get_submodule(anatomy.norm_path) if anatomy.norm_path else torch.nn.Identity()
     kept = []
     layers = base.get_submodule(anatomy.layers_path)[-K:]
     handles = [

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import depthmix
-from depthmix.mixture import DepthMixture
+from depthmix.method.mixture import DepthMixture
 
 VOCABULARY = 97
 HIDDEN = 32

@@ -34,10 +34,11 @@ def train_once(base: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
 
 
 needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="`make test` installs bitsandbytes"
+    find_spec("bitsandbytes") is None, reason="`make optional` installs bitsandbytes"
 )
 
 
+@pytest.mark.optional
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(bits: int, tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ class Int8Linear(nn.Module):
         return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).T
 
 
+@pytest.mark.optional
 @needs_bitsandbytes
 def test_command_trains_on_four_bits(tiny: str, rows: str, tmp_path: Path) -> None:
     """TRL rounds what is trained to bf16; MoDE stays in fp32, where small updates count."""

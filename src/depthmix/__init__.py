@@ -14,12 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from depthmix.checkpoint import load
+    from depthmix.carry.groups import param_groups
     from depthmix.config import MoDEConfig
     from depthmix.errors import DepthmixError
-    from depthmix.record import routing
-    from depthmix.surgery import attach, detach
-    from depthmix.train.groups import param_groups
+    from depthmix.model.record import routing
+    from depthmix.surgery import attach, detach, load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,9 +36,9 @@ _HOMES = {
     "MoDEConfig": "depthmix.config",
     "attach": "depthmix.surgery",
     "detach": "depthmix.surgery",
-    "load": "depthmix.checkpoint",
-    "param_groups": "depthmix.train.groups",
-    "routing": "depthmix.record",
+    "load": "depthmix.surgery",
+    "param_groups": "depthmix.carry.groups",
+    "routing": "depthmix.model.record",
 }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 import depthmix
 from depthmix.errors import ConfigError, DepthmixError
+from depthmix.pretrained import ignore_renamed_properties
 
 COMMANDS = {
     "train": "tune a model on your data, with MoDE or without",
@@ -93,11 +93,6 @@ def _dispatch(arguments: list[str]) -> int:
     ignore_renamed_properties()
     command = importlib.import_module(f"depthmix.commands.{name}")
     return int(command.run(rest))
-
-
-def ignore_renamed_properties() -> None:
-    """PEFT asks for a property of transformers by its old name, at every model: not to be told."""
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def _usage() -> str:

@@ -1,32 +1,42 @@
-"""`attach` and `detach`: put MoDE onto a model in place, and take it off again."""
+"""`attach`, `detach`, `load`: put MoDE onto a model, take it off, bring a saved one onto its base.
+
+Each is all or nothing: where it raises, the model is what it was, and so is the caller's
+configuration, which is copied.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 
-from depthmix.adapters import (
-    MODULE_NAME,
+from depthmix.carry.adapters import (
     carry,
     describe_in,
     description,
-    host_of,
     late_layers,
+    read_peft_config,
+    require_late_layers_only,
     with_mode,
     without_mode,
 )
-from depthmix.classifier import ClassifierRuntime
+from depthmix.carry.callback import watch_trainers
+from depthmix.carry.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from depthmix.config import MoDEConfig
-from depthmix.discovery import Anatomy, discover, is_classifier
 from depthmix.errors import ConfigError, DepthmixError
-from depthmix.fingerprint import fingerprint
-from depthmix.language import LanguageRuntime
-from depthmix.mixture import DepthMixture
-from depthmix.runtime import RUNTIME_NAME, runtime_of
-from depthmix.train.callback import watch_trainers
+from depthmix.method.mixture import MODULE_NAME, DepthMixture, read_spec
+from depthmix.model.active import ADAPTERS_OF_TRANSFORMERS, host_of
+from depthmix.model.anatomy import Anatomy, is_classifier
+from depthmix.model.discovery import discover
+from depthmix.model.loss_probes import settle_other_terms
+from depthmix.model.runtime import RUNTIME_NAME, Runtime, runtime_of
 
 MODEL_TAGS = ["depthmix", "mixture-of-depths-ensemble"]  # on the model's page on the hub
 
@@ -40,15 +50,16 @@ def attach(
     """Make `model` predict with an ensemble of its late layers, in place.
 
     Before training the model predicts as `config` says: uniform weights, or `router_prior` on the
-    last layer. In training, a forward with labels computes the loss of MoDE; its output's logits
-    are then None. `hidden_states[-1]` and `last_hidden_state` of the model are the mixture.
+    last layer. In training, a forward with labels computes the loss of MoDE and makes no logits.
+    `hidden_states[-1]` and `last_hidden_state` of the model are the mixture; where
+    `logits_to_keep` asks for few positions, at these alone.
 
     Args:
         model: a model of transformers that predicts tokens (causal, masked, encoder-decoder) or
             classifies sequences, or a PeftModel around one.
         config: the configuration; the default one if None.
-        peft_config: a tuning method to wrap the model in as well. To have MoDE alone, saved as a
-            small adapter, pass `depthmix.adapters.mode_only_config()`.
+        peft_config: a tuning method to wrap the model in as well; a copy of it is used. To have
+            MoDE alone, saved as a small adapter, pass `depthmix.adapters.mode_only_config()`.
         late_layers_only: put the tuning method on the k late layers only. No gradient reaches
             below them, so that no activations are kept there and no backward pass runs.
 
@@ -56,24 +67,25 @@ def attach(
         `model`, or the PeftModel around it if `peft_config` is given.
 
     Raises:
-        DepthmixError: MoDE is attached already.
-        DiscoveryError: the parts of the model were not found.
-        ConfigError: the tuning method cannot carry MoDE.
+        DepthmixError: MoDE is attached already, or transformers' own adapters are.
+        DiscoveryError: the parts of the model were not found, or MoDE's loss would not be its own.
+        ConfigError: the tuning method cannot carry MoDE, or not on the late layers alone.
     """
     config = config or MoDEConfig()
     host = host_of(model)
     _refuse(model, peft_config, late_layers_only)
-    if peft_config is not None:
-        with_mode(peft_config)
-        if late_layers_only:
-            late_layers(peft_config, host, config.k)
     anatomy = discover(host, config)
-    _install(host, config, anatomy)
-    watch_trainers()
     if peft_config is not None:
-        model = get_peft_model(host, peft_config)
-    elif isinstance(model, PeftModel):
-        carry(model)
+        peft_config = with_mode(copy.deepcopy(peft_config))
+        if late_layers_only:
+            peft_config = late_layers(peft_config, host, config.k)
+    with _undone_on_failure(host):
+        _install(host, config, anatomy)
+        if peft_config is not None:
+            model = _wrapped(host, peft_config, anatomy if late_layers_only else None)
+        elif isinstance(model, PeftModel):
+            carry(model)
+    watch_trainers()
     if isinstance(model, PeftModel):
         for carried in model.peft_config.values():
             describe_in(carried, description(config))
@@ -101,14 +113,62 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def load(base_model: nn.Module, folder: str | Path, is_trainable: bool = False) -> Any:
+    """Attach the MoDE saved in `folder` to `base_model`, with the adapter saved beside it.
+
+    Args:
+        base_model: the model that was tuned. For a fully fine-tuned checkpoint: the model
+            loaded from `folder` itself with `from_pretrained`.
+        folder: what `save_pretrained` or a trainer wrote: an adapter or a whole model.
+        is_trainable: continue training; otherwise the adapter is frozen.
+
+    Returns:
+        The PeftModel, or `base_model` for a fully fine-tuned checkpoint.
+
+    Raises:
+        CheckpointError: no MoDE in `folder`; a missing, extra or misshapen tensor; another base.
+        DepthmixError: `base_model` is a PeftModel.
+    """
+    if isinstance(base_model, PeftModel):
+        raise DepthmixError(
+            "load needs the base model, and this is a PeftModel: pass what its unload() returns"
+        )
+    assert isinstance(base_model, PreTrainedModel)
+    saved = Checkpoint(Path(folder))
+    spec = saved.spec()
+    attach(base_model, MoDEConfig.from_dict(spec["config"]))
+    with _undone_on_failure(base_model):
+        if (saved.folder / CONFIG_NAME).exists():
+            return _load_adapter(base_model, saved, spec, is_trainable)
+        return _load_whole(base_model, saved, is_trainable)
+
+
 def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: bool) -> None:
     """Raise for arguments of `attach` that do not go together."""
-    if RUNTIME_NAME in vars(host_of(model)):
+    host = host_of(model)
+    if RUNTIME_NAME in vars(host):
         raise DepthmixError("MoDE is attached to this model already; detach it first")
+    if host._hf_peft_config_loaded:
+        raise DepthmixError(ADAPTERS_OF_TRANSFORMERS)
     if peft_config is not None and isinstance(model, PeftModel):
         raise DepthmixError("the model is a PeftModel already: leave peft_config out")
     if peft_config is None and late_layers_only:
         raise ConfigError("late_layers_only needs a peft_config to restrict")
+
+
+@contextmanager
+def _undone_on_failure(host: PreTrainedModel) -> Iterator[None]:
+    """If anything raises, take MoDE off and give every parameter its `requires_grad` back."""
+    trained = {name: p.requires_grad for name, p in host.named_parameters()}
+    try:
+        yield
+    except BaseException:
+        if RUNTIME_NAME in vars(host):
+            detach(host)
+        vars(host).pop("peft_config", None)  # PEFT sets it before it knows its targets
+        for name, parameter in host.named_parameters():
+            parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+        raise
 
 
 def _install(host: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> None:
@@ -116,6 +176,50 @@ def _install(host: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> Non
     mixture = DepthMixture(config, anatomy.hidden_size, spec)
     last_layer = host.get_submodule(anatomy.layer_paths[-1])
     host.depthmix = mixture.to(next(last_layer.parameters()).device)
-    kind = ClassifierRuntime if is_classifier(host) else LanguageRuntime
-    vars(host)[RUNTIME_NAME] = kind(host, anatomy)
+    vars(host)[RUNTIME_NAME] = runtime = Runtime(host, anatomy)
     host.add_model_tags(MODEL_TAGS)
+    if config.k > 1 and not is_classifier(host):
+        settle_other_terms(runtime)
+
+
+def _wrapped(host: PreTrainedModel, config: PeftConfig, restricted: Anatomy | None) -> PeftModel:
+    """Wrap the model in a tuning method; unload it if it is not on the late layers alone."""
+    model: Any = get_peft_model(host, config)
+    if restricted is not None:
+        try:
+            require_late_layers_only(host, restricted)
+        except ConfigError:
+            if not config.is_prompt_learning:
+                model.unload()
+            raise
+    return model  # type: ignore[no-any-return]
+
+
+def _load_adapter(
+    base_model: PreTrainedModel, saved: Checkpoint, spec: dict[str, Any], is_trainable: bool
+) -> PeftModel:
+    mixture: Any = base_model.get_submodule(MODULE_NAME)
+    check_fingerprint(spec["base"], read_spec(mixture.spec)["base"])
+    config = read_peft_config(saved.folder)
+    config.inference_mode = not is_trainable
+    model = get_peft_model(base_model, config)
+    try:
+        saved.require(get_peft_model_state_dict(model), extra_allowed=False)
+        model.load_adapter(str(saved.folder), "default", is_trainable=is_trainable)
+    except BaseException:
+        if not config.is_prompt_learning:
+            model.unload()
+        raise
+    describe_in(config, description(mixture.config))
+    return model
+
+
+def _load_whole(
+    base_model: PreTrainedModel, saved: Checkpoint, is_trainable: bool
+) -> PreTrainedModel:
+    mixture: Any = base_model.get_submodule(MODULE_NAME)
+    saved.require_same_embeddings(base_model)
+    saved.require({f"{MODULE_NAME}.{n}": t for n, t in mixture.state_dict().items()})
+    mixture.load_state_dict(saved.read_mode())
+    mixture.requires_grad_(is_trainable)
+    return base_model

@@ -39,7 +39,7 @@ def test_scores_equal_the_definition(model_type, batch_size):
         with torch.no_grad():
             expected = reference.logits(base, anatomy, model.depthmix, input_ids=inputs)
             normed = reference.normed_states(base, anatomy, 3, input_ids=inputs)
-            states, gate = model.depthmix.weigh(normed)
+            states, gate = model.depthmix.adapt(normed)
             layers = anatomy.transform(base.get_output_embeddings()(states))
         target = inputs[0, prompt:]
         where = slice(prompt - 1, -1)

@@ -8,9 +8,9 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig
 
 import depthmix
-from depthmix.adapters import late_layers, mode_only_config
 from depthmix.cache.depth import cached_depth, row_digests
 from depthmix.cache.store import StateStore
+from depthmix.carry.adapters import late_layers, mode_only_config
 from depthmix.cli import main
 from depthmix.errors import ConfigError
 from models import PLAIN, TYPES, tiny_model, token_ids

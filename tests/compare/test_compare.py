@@ -136,9 +136,10 @@ def test_whole_comparison_is_cached(tiny, pairs, tmp_path, monkeypatch, capsys):
     assert [file.stat().st_mtime_ns for file in adapters] == before
 
 
+@pytest.mark.optional
 @pytest.mark.filterwarnings("ignore")
 def test_runs_are_spread_by_ray(tiny, pairs, tmp_path):
-    pytest.importorskip("ray", reason="`make test` installs Ray")
+    pytest.importorskip("ray", reason="`make optional` installs Ray")
     path = write(
         tmp_path,
         model_name_or_path=tiny,

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import depthmix
-from depthmix.adapters import mode_only_config
+from depthmix.carry.adapters import mode_only_config
 from depthmix.cli import main
 from depthmix.config import MoDEConfig
 from depthmix.plan.memory import METHODS, Batch, bill, mode_parameters

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from depthmix.adapters import host_of
-from depthmix.runtime import RUNTIME_NAME, runtime_of
+from depthmix.model.active import host_of
+from depthmix.model.runtime import RUNTIME_NAME, runtime_of
 
 Row = dict[str, str]
 IGNORED = -100
@@ -183,7 +183,7 @@ def _predict(
         logits = model(**inputs).logits
     finally:
         handle.remove()
-    states, gate = mixture.weigh(kept[0][supervised])
+    states, gate = mixture.adapt(kept[0][supervised])
     sums.add(_layer_logits(host, states), gate, labels[supervised])
     return logits[supervised].float(), labels[supervised]
 

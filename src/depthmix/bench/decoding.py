@@ -11,8 +11,8 @@ from torch import Tensor
 
 import depthmix
 from depthmix.bench.measure import median_seconds
-from depthmix.commands.loading import load_base
-from depthmix.runtime import runtime_of
+from depthmix.model.runtime import runtime_of
+from depthmix.pretrained import load_base
 
 BASE, MERGED, MODE, NAIVE = "base", "merged lora", "merged lora + mode", "naive k heads"
 
@@ -99,7 +99,7 @@ def _with_naive_heads(model: Any) -> Callable[..., Any]:
                 handle.remove()
         kept = kwargs.get("logits_to_keep", 0)
         normed = torch.stack([norm.forward(state[:, -kept:]) for state in states], dim=-2)
-        layer_states, gate = mixture.weigh(normed)
+        layer_states, gate = mixture.adapt(normed)
         output.logits = (gate.unsqueeze(-1) * head(layer_states)).sum(-2)
         return output
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from depthmix.bench.measure import in_fresh_process, median_seconds, peak_bytes
-from depthmix.head import LinearHead, LogitTransform
-from depthmix.losses import ensemble_loss
+from depthmix.method.fused_loss import ensemble_loss
+from depthmix.method.head import LinearHead, LogitTransform
 
 OURS, NAIVE = "depthmix", "naive"
 

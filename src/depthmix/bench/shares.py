@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from depthmix.bench.decoding import decoding_calls
 from depthmix.bench.training import LORA_MODE, Setting, build
-from depthmix.runtime import LOSS_LABEL, MIXTURE_LABEL
+from depthmix.model.language import LOSS_LABEL
+from depthmix.model.paths import MIXTURE_LABEL
 
 _WHOLE = "the whole"
 

@@ -19,11 +19,12 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import depthmix
-from depthmix.adapters import host_of, late_layers, mode_only_config
 from depthmix.bench.batch import IGNORED, make_batch
 from depthmix.bench.measure import CountHead, in_fresh_process, median_seconds, peak_bytes
-from depthmix.commands.loading import load_base, load_tokenizer
-from depthmix.runtime import runtime_of
+from depthmix.carry.adapters import late_layers, mode_only_config
+from depthmix.model.active import host_of
+from depthmix.model.runtime import runtime_of
+from depthmix.pretrained import load_base, load_tokenizer
 
 Step = Callable[[], Any]
 
@@ -182,10 +183,10 @@ class NaiveTrainer(Trainer):
         host.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
         for handle in handles:
             handle.remove()
-        norm: Any = host.get_submodule(runtime.anatomy.norm_path)
+        norm: Any = host.get_submodule(str(runtime.anatomy.norm_path))
         mixture = runtime.mixture()
         assert mixture is not None
-        layer_states, gate = mixture.weigh(torch.stack([norm.forward(s) for s in states], dim=-2))
+        layer_states, gate = mixture.adapt(torch.stack([norm.forward(s) for s in states], dim=-2))
         head: Any = host.get_output_embeddings()
         logits = head(layer_states.to(head.weight.dtype))[:, :-1].float()
         ensemble = (gate[:, :-1].unsqueeze(-1) * logits).sum(-2)

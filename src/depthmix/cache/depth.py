@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from depthmix.cache.prefix import Prefix, frozen_prefix
 from depthmix.cache.store import DIGEST_BYTES, StateStore
-from depthmix.discovery import first_tensor, run_probe
 from depthmix.errors import ConfigError
+from depthmix.model.anatomy import first_tensor
+from depthmix.model.probing import run_probe
 
 
 def default_folder() -> Path:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import depthmix
-from depthmix.adapters import host_of
 from depthmix.config import MoDEConfig
-from depthmix.discovery import discover
 from depthmix.errors import ConfigError
+from depthmix.model.active import host_of
+from depthmix.model.discovery import discover
 
 _SAMPLED = 256  # numbers of each weight that go into the digest
 
@@ -79,7 +79,8 @@ def frozen_prefix(model: nn.Module, k: int) -> Prefix:
     if not prefix:
         raise ConfigError("all layers are late layers")
     late = {id(p) for layer in listed[anatomy.layer_indices[0] :] for p in layer.parameters()}
-    late |= {id(p) for p in host.get_submodule(anatomy.norm_path).parameters()}
+    if anatomy.norm_path is not None:
+        late |= {id(p) for p in host.get_submodule(anatomy.norm_path).parameters()}
     late |= {id(p) for p in _head_parameters(host, anatomy.head_path)}
     for name, parameter in host.named_parameters():
         if parameter.requires_grad and id(parameter) not in late and "depthmix" not in name:

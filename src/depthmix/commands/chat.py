@@ -12,8 +12,8 @@ from depthmix.commands.generate import (
     encode_chat,
     showing_routing,
 )
-from depthmix.commands.loading import load_tuned
 from depthmix.commands.parser import Parser
+from depthmix.pretrained import load_tuned
 
 _EXAMPLES = """\
 In the conversation: /reset forgets it, /exit or Ctrl-D ends it.

@@ -12,16 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.loading import (
+from depthmix.commands.parser import Parser
+from depthmix.errors import ConfigError
+from depthmix.files import write_text
+from depthmix.pretrained import (
     is_saved,
     load_base_for_use,
     load_tuned,
     trained_on,
     weight_files,
 )
-from depthmix.commands.parser import Parser
-from depthmix.errors import ConfigError
-from depthmix.files import write_text
 
 if TYPE_CHECKING:
     from depthmix.evaluate.tasks import LocalTask

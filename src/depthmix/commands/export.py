@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from depthmix.commands.loading import has_mode, load_tuned
 from depthmix.commands.parser import Parser
 from depthmix.errors import CheckpointError
+from depthmix.pretrained import has_mode, load_tuned
 
 _EXAMPLES = """\
 examples:

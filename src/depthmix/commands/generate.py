@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.loading import has_mode, load_tuned, trained_on
 from depthmix.commands.parser import Parser
 from depthmix.data.formats import FORMATS, conversational, prompt_for
 from depthmix.errors import ConfigError
+from depthmix.pretrained import has_mode, load_tuned, trained_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

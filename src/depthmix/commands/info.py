@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.loading import base_of, has_mode, is_saved, load_base, load_saved
 from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
+from depthmix.pretrained import base_of, has_mode, is_saved, load_base, load_saved
 from depthmix.train.arguments import RunOptions, adapter_options, split_own
 from depthmix.train.options import Given, options, read_flags
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from depthmix.head import LogitTransform
+    from depthmix.method.head import LogitTransform
 
 _EXAMPLES = """\
 examples:
@@ -89,7 +89,7 @@ def _saved(folder: str, given: dict[str, Given]) -> dict[str, Any]:
 
 
 def _mode_config(model: Any) -> MoDEConfig:
-    from depthmix.runtime import runtime_of
+    from depthmix.model.runtime import runtime_of
 
     mixture = runtime_of(model).mixture()
     assert mixture is not None
@@ -118,7 +118,7 @@ def _report(
 def _modules(model: nn.Module) -> dict[str, Any]:
     """Return where the parts of the model are, if MoDE is attached to it."""
     from depthmix.errors import DepthmixError
-    from depthmix.runtime import runtime_of
+    from depthmix.model.runtime import runtime_of
 
     try:
         anatomy = runtime_of(model).anatomy
@@ -127,7 +127,7 @@ def _modules(model: nn.Module) -> dict[str, Any]:
     return {
         "layers": anatomy.layers_path,
         "late layers": list(anatomy.layer_indices),
-        "final norm": anatomy.norm_path if anatomy.has_norm else "none",
+        "final norm": anatomy.norm_path or "none",
         "head": anatomy.head_path,
         "scale before the head": anatomy.head_scale,
         "after the head": _in_words(anatomy.logit_transform),

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from depthmix.analysis.layers import score_rows
-from depthmix.cli import ignore_renamed_properties
-from depthmix.commands.train import fit
 from depthmix.compare.engine import RESULT, SCORED_ROWS, TRAIN
 from depthmix.files import write_text
+from depthmix.pretrained import ignore_renamed_properties
 from depthmix.train import output
 from depthmix.train.arguments import parse
+from depthmix.train.fit import fit
 
 PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl")
 

@@ -10,9 +10,11 @@ from peft import PeftModel
 from torch import nn
 
 import depthmix
-from depthmix.adapters import MODULE_NAME, host_of
 from depthmix.errors import ConfigError, DepthmixError
-from depthmix.runtime import runtime_of
+from depthmix.method.mixture import MODULE_NAME
+from depthmix.model.active import host_of
+from depthmix.model.anatomy import Between
+from depthmix.model.runtime import runtime_of
 
 _TEMPLATE = Path(__file__).with_name("modeling.py.txt")
 _MODULE = "modeling_depthmix"
@@ -41,6 +43,11 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     mixture = runtime.mixture()
     if mixture is None or mixture.config.k == 1:
         raise DepthmixError("there is no mixture to export: k is 1, or MoDE is switched off")
+    if runtime.anatomy.between is Between.MODULES:
+        raise ConfigError(
+            f"{type(host).__name__}: more than a final norm lies between its layers and its head, "
+            "which the exported code does not carry"
+        )
     base = type(host)
     if not base.__module__.startswith("transformers."):
         raise ConfigError(f"{base.__name__} is no class of transformers: its code is not there")
@@ -48,8 +55,8 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     host.config.depthmix = {
         "k": config.k,
         "layers": list(anatomy.layer_paths),
-        "norm": anatomy.norm_path,
-        "has_norm": anatomy.has_norm,
+        "norm": anatomy.norm_path or anatomy.layer_paths[-1],
+        "has_norm": anatomy.between is Between.NORM,
         "adaptation": config.adaptation,
         "router_input": config.router_input,
         "router_top_k": config.router_top_k,

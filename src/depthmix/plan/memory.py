@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from depthmix.config import MoDEConfig
-from depthmix.losses import CHUNK_BYTES
+from depthmix.method.fused_loss import CHUNK_BYTES
 from depthmix.plan.trunk import Trunk
 
 # Measured with `depthmix bench --parts loss`: logits, log-probabilities and gradients of a chunk.
@@ -118,7 +118,7 @@ def bill(trunk: Trunk, config: MoDEConfig | None, batch: Batch) -> Bill:
 
 def mode_parameters(config: MoDEConfig, width: int) -> int:
     """Return the number of MoDE's parameters."""
-    from depthmix.mixture import DepthMixture
+    from depthmix.method.mixture import DepthMixture
 
     with torch.device("meta"):
         return sum(p.numel() for p in DepthMixture(config, width, {}).parameters())

@@ -59,7 +59,7 @@ def peft_config(
     model: PreTrainedModel, run: RunOptions, mode: MoDEConfig, model_config: ModelConfig
 ) -> PeftConfig | None:
     """Return PEFT's configuration of the method, or None for full fine-tuning."""
-    from depthmix.adapters import late_layers, mode_only_config
+    from depthmix.carry.adapters import late_layers, mode_only_config
 
     if run.method == "full":
         return None

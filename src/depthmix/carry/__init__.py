@@ -1,0 +1,1 @@
+"""How others carry it: PEFT's wrapper, the Trainer's callback, checkpoints."""

@@ -1,0 +1,155 @@
+"""PEFT: carry MoDE beside any tuning method, in PEFT's own `ModulesToSaveWrapper`.
+
+PEFT then trains, saves, loads, switches, disables and merges around it, and unmodified trainers
+write its checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.utils import CONFIG_NAME, _set_trainable
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from depthmix.config import MoDEConfig
+from depthmix.errors import ConfigError
+from depthmix.method.mixture import MODULE_NAME
+from depthmix.model.active import host_of
+from depthmix.model.anatomy import Anatomy
+from depthmix.model.discovery import discover
+
+# PEFT warns of a key it does not know by its name.
+DESCRIPTION_KEY = "load_with_depthmix.load"
+
+
+def carry(model: PeftModel) -> None:
+    """Wrap the MoDE that was just attached inside `model`, for every adapter it has."""
+    for name, config in model.peft_config.items():
+        with_mode(config)
+        _set_trainable(
+            model.get_base_model(),
+            name,
+            module_names=[MODULE_NAME],
+            inference_mode=config.inference_mode,
+            activate_adapter=name in model.active_adapters,
+        )
+
+
+def with_mode(config: PeftConfig) -> PeftConfig:
+    """Add MoDE to what a PEFT configuration saves, in place, and return it.
+
+    Raises:
+        ConfigError: the tuning method cannot save further modules, or has a loss of its own.
+    """
+    name = type(config).__name__
+    if "modules_to_save" not in {field.name for field in dataclasses.fields(config)}:
+        raise ConfigError(f"{name} has no modules_to_save, in which MoDE would be saved")
+    if config.peft_type == PeftType.CPT:
+        raise ConfigError(f"{name}: the method has a loss of its own, in place of the model's")
+    if getattr(config, "layer_replication", None):
+        raise ConfigError(f"{name}: layer_replication moves the layers that MoDE mixes")
+    untyped: Any = config
+    saved = list(untyped.modules_to_save or [])
+    if MODULE_NAME not in saved:
+        untyped.modules_to_save = [*saved, MODULE_NAME]
+    return config
+
+
+def without_mode(config: PeftConfig) -> PeftConfig:
+    """Undo `with_mode` and `describe_in`, in place, and return the configuration."""
+    untyped: Any = config
+    vars(config).pop("to_dict", None)
+    kept = [name for name in untyped.modules_to_save or [] if name != MODULE_NAME]
+    untyped.modules_to_save = kept or None
+    return config
+
+
+def mode_only_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """Return a PEFT configuration for MoDE without a tuning method: router and norms alone.
+
+    Args:
+        task_type: PEFT's name for what the model does; `SEQ_CLS` trains its head as well.
+    """
+    return LoraConfig(
+        task_type=task_type,
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=[MODULE_NAME],
+    )
+
+
+def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
+    """Return a copy of a PEFT configuration, restricted to the k late layers of `model`.
+
+    No gradient then reaches below these layers: no backward pass and no activations are kept there.
+
+    Raises:
+        ConfigError: the tuning method cannot be restricted to some layers.
+        DiscoveryError: the layers of the model were not found.
+    """
+    anatomy = discover(host_of(model), MoDEConfig(k=k))
+    config = copy.deepcopy(config)
+    fields = {field.name for field in dataclasses.fields(config)}
+    untyped: Any = config
+    if "exclude_modules" in fields:
+        if untyped.exclude_modules:
+            raise ConfigError("exclude_modules is set, which is what restricts to the late layers")
+        # `layers_to_transform` is not heeded where PEFT lists targets by their full names.
+        late = "|".join(map(str, anatomy.layer_indices))
+        untyped.exclude_modules = rf"(?!{re.escape(anatomy.layers_path)}\.(?:{late})\.).*"
+    elif "layers_to_transform" in fields:
+        untyped.layers_to_transform = list(anatomy.layer_indices)
+        untyped.layers_pattern = anatomy.layers_path.rpartition(".")[2]
+    else:
+        raise ConfigError(f"{type(config).__name__} cannot be restricted to the late layers")
+    return config
+
+
+def require_late_layers_only(host: nn.Module, anatomy: Anatomy) -> None:
+    """Look at what is trained: nothing below the late layers may be.
+
+    Raises:
+        ConfigError: something is; names it.
+    """
+    above = (*anatomy.layer_paths, anatomy.norm_path, anatomy.head_path, MODULE_NAME)
+    for name, parameter in host.named_parameters():
+        if parameter.requires_grad and not name.startswith(tuple(f"{p}." for p in above if p)):
+            raise ConfigError(
+                f"late_layers_only: {name} is trained, which is not in the late layers; options of "
+                "the tuning method that reach all layers (bias, target_parameters, "
+                "modules_to_save) do not go with it"
+            )
+
+
+def description(config: MoDEConfig) -> dict[str, Any]:
+    """Return what a saved adapter's configuration says of MoDE."""
+    return {"config": config.to_dict()}
+
+
+def describe_in(config: PeftConfig, text: dict[str, Any]) -> None:
+    """Let `config.save_pretrained` write `text` under a key that PEFT does not know.
+
+    A process that loads the adapter without depthmix then gets PEFT's warning about that key,
+    which says what to do, instead of wrong logits in silence.
+    """
+    untyped: Any = config
+    untyped.to_dict = functools.partial(_with_description, config, text)
+
+
+def _with_description(config: PeftConfig, text: dict[str, Any]) -> dict[str, Any]:
+    return {**type(config).to_dict(config), DESCRIPTION_KEY: text}
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Read an adapter's configuration, without the description that MoDE adds to it."""
+    values = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+    for key in (DESCRIPTION_KEY, MODULE_NAME):  # the latter up to version 0.1
+        values.pop(key, None)
+    return PeftConfig.from_peft_type(**values)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""What MoDE is: mixture, router, divergences, fused loss. Tensors in, tensors out."""

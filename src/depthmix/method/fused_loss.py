@@ -1,0 +1,215 @@
+"""The fused loss: ensemble cross-entropy and distillation, one chunk of tokens at a time.
+
+For every chunk the logits of the k late layers are made once; the ensemble's logits are their
+gated sum. The gradients have a closed form (softmax minus one-hot, softmax minus teacher), so
+they are taken at once, in the forward pass: neither logits nor recomputation outlive a chunk.
+The idea of a loss that never holds tokens x vocabulary is that of Cut Cross-Entropy (Wijmans et
+al., arXiv 2411.09009) and of Liger Kernel; the gated sum and the distillation are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from depthmix.config import Divergence
+from depthmix.method.divergences import DIVERGENCES
+from depthmix.method.head import HeadProjection, LogitGradients, LogitTransform
+
+# Bytes of one chunk's logits. Small enough to be nothing beside a model, large enough that the
+# matrix products run at full speed; measured with `depthmix bench`.
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class EnsembleLoss:
+    """The loss of n supervised tokens.
+
+    Attributes:
+        total: sum over the tokens of cross-entropy + weight x mean divergence; carries the graph.
+        cross_entropy: (n,) of the ensemble, in nats, detached.
+        divergence: (n,) mean over the late layers below the last, in nats, detached; zero where
+            nothing was distilled.
+        entropy: (n,) of the ensemble's prediction, in nats, detached.
+        correct: (n,) whether the label is the ensemble's most likely token.
+    """
+
+    total: Float[Tensor, ""]
+    cross_entropy: Float[Tensor, " n"]
+    divergence: Float[Tensor, " n"]
+    entropy: Float[Tensor, " n"]
+    correct: Tensor
+
+
+def ensemble_loss(
+    states: Float[Tensor, "n k d"],
+    gate: Float[Tensor, "n k"],
+    labels: Int[Tensor, " n"],
+    head: HeadProjection,
+    transform: LogitTransform,
+    distill_weight: float,
+    divergence: Divergence = "kl",
+    late_states: Float[Tensor, "n l d"] | None = None,
+    distil_head: bool = True,
+) -> EnsembleLoss:
+    """Return the loss of MoDE (arXiv 2410.13077, section 3) and its parts.
+
+    Equal, to rounding, to the following, which holds k + 1 tensors of n x vocabulary::
+
+        raw = head(states)                              # (n, k, v)
+        logits = transform(raw)
+        ensemble = transform((gate[..., None] * raw).sum(1))
+        total = cross_entropy(ensemble, labels, reduction="sum")
+        teacher = logits[:, -1].detach()
+        total += distill_weight * mean over j < k of sum over n of KL(teacher || logits[:, j])
+
+    Args:
+        states: normed states of the late layers, the last layer last; any float type.
+        gate: weights of the layers, which add up to 1.
+        labels: token ids; every one supervised.
+        head: the LM head.
+        transform: what the model does to the head's output.
+        distill_weight: lambda; 0 leaves the distillation out, and so does k = 1.
+        divergence: how far a layer is from the last one.
+        late_states: if given, the values of `states[:, :-1]` again, made by another graph, which
+            the distillation's gradient takes instead.
+        distil_head: whether the distillation's gradient reaches the head's own parameters.
+    """
+    if late_states is None:
+        late_states = states[:, :-1]
+    total, cross_entropy, distances, entropy, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
+        states,
+        late_states,
+        gate,
+        labels,
+        head,
+        transform,
+        distill_weight,
+        divergence,
+        distil_head,
+        *head.tensors,
+    )
+    return EnsembleLoss(total, cross_entropy, distances, entropy, correct.bool())
+
+
+class _EnsembleLoss(torch.autograd.Function):
+    """The chunk loop: losses and gradients in the forward, one scaling in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        late_states: Tensor,
+        gate: Tensor,
+        labels: Tensor,
+        head: HeadProjection,
+        transform: LogitTransform,
+        distill_weight: float,
+        divergence: Divergence,
+        distil_head: bool,
+        *head_tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # fp16 would lose what is small before a GradScaler lifts it: see `_scale` in head.py.
+        kept = torch.float32 if states.dtype == torch.float16 else states.dtype
+        d_states, d_gate = torch.empty_like(states, dtype=kept), torch.empty_like(gate)
+        d_late_states = torch.zeros_like(late_states, dtype=kept)
+        d_head = [_accumulator(tensor) for tensor in head_tensors]
+        d_head_late = d_head if distil_head else [None] * len(d_head)
+        # One buffer for all tokens: a small tensor that outlives its chunk would lie in the middle
+        # of the memory that the chunk gives back, and the allocator could not use it again.
+        values = gate.new_empty(4, len(labels))
+        # The chunk's arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
+        with torch.autocast(states.device.type, enabled=False):
+            for rows in _chunks(states, head):
+                chunk = states[rows].to(head.dtype)
+                output = head.project(chunk)
+                raw = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+                loss = _chunk_loss(
+                    raw, gate[rows], labels[rows], transform, distill_weight, divergence
+                )
+                values[:, rows] = loss.values
+                d_gate[rows] = loss.d_gate
+                d_states[rows], d_late = head.pull_back(
+                    chunk, gate[rows], output, loss.gradients, d_head, d_head_late
+                )
+                if d_late is not None:
+                    d_late_states[rows] = d_late
+        cross_entropy, distance, entropy, correct = values
+        total = cross_entropy.sum() + distill_weight * distance.sum()
+        ctx.dtype = states.dtype
+        ctx.save_for_backward(d_states, d_late_states, d_gate, *d_head)
+        ctx.mark_non_differentiable(cross_entropy, distance, entropy, correct)
+        return total, cross_entropy, distance, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_states, d_late_states, d_gate, *d_head = ctx.saved_tensors
+        d_states, d_late_states = (
+            (saved * d_total).to(ctx.dtype) for saved in (d_states, d_late_states)
+        )
+        d_gate, *d_head = (
+            None if saved is None else (saved * d_total).to(saved.dtype)
+            for saved in (d_gate, *d_head)
+        )
+        return (d_states, d_late_states, d_gate, *[None] * 6, *d_head)
+
+
+@dataclass(frozen=True)
+class _ChunkLoss:
+    values: Float[Tensor, "4 c"]  # cross-entropy, divergence, entropy, 1 where correct
+    gradients: LogitGradients
+    d_gate: Float[Tensor, "c k"]
+
+
+def _chunk_loss(
+    raw: Float[Tensor, "c k v"],
+    gate: Float[Tensor, "c k"],
+    labels: Int[Tensor, " c"],
+    transform: LogitTransform,
+    distill_weight: float,
+    divergence: Divergence,
+) -> _ChunkLoss:
+    logits = transform(torch.bmm(gate.unsqueeze(1), raw).squeeze(1))
+    log_p = logits.log_softmax(dim=-1)
+    label_log_p = log_p.gather(1, labels.unsqueeze(1))
+    correct = label_log_p.squeeze(1) >= log_p.amax(dim=-1)
+    p = log_p.exp()
+    entropy = -torch.linalg.vecdot(p, log_p)
+    d_logits = p.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(label_log_p))
+    d_mixed = transform.pull_back(logits, d_logits)
+    d_gate = torch.bmm(raw, d_mixed.unsqueeze(2)).squeeze(2)
+
+    distance, d_late = torch.zeros_like(entropy), None
+    layers = raw.shape[1] - 1
+    if distill_weight > 0 and layers > 0:
+        layer_logits = transform(raw)
+        log_q = layer_logits.log_softmax(dim=-1)
+        distances, d_late = DIVERGENCES[divergence](log_q[:, -1:], log_q[:, :-1])
+        distance = distances.mean(dim=1)
+        d_late = transform.pull_back(layer_logits[:, :-1], d_late).mul_(distill_weight / layers)
+    values = torch.stack([-label_log_p.squeeze(1), distance, entropy, correct.to(entropy.dtype)])
+    return _ChunkLoss(values, LogitGradients(d_mixed, d_late), d_gate)
+
+
+def _chunks(states: Float[Tensor, "n k d"], head: HeadProjection) -> Iterator[slice]:
+    """Cut the tokens so that one chunk's logits take about `CHUNK_BYTES`.
+
+    No token at all makes one empty chunk: the loss is then a zero that is connected to the graph.
+    """
+    n, k, _ = states.shape
+    size = max(1, CHUNK_BYTES // (4 * k * head.vocabulary))
+    return (slice(start, start + size) for start in range(0, max(n, 1), size))
+
+
+def _accumulator(tensor: Tensor) -> Tensor | None:
+    """Return zeros to add a gradient up in, in at least fp32: chunks would round each other off."""
+    if not tensor.requires_grad:
+        return None
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,152 @@
+"""The training objective: cross-entropy of the ensemble, distillation, balance of the router."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from depthmix.config import MoDEConfig
+from depthmix.method.fused_loss import EnsembleLoss, ensemble_loss
+from depthmix.method.head import HeadProjection, LogitTransform
+from depthmix.method.mixture import DepthMixture, mix
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective of n supervised tokens; see `EnsembleLoss` for the parts.
+
+    Attributes:
+        total: sum over the tokens, with the graph.
+        per_token: (n,) the same, a token each, detached.
+        loss: cross-entropy, divergence, entropy and correctness a token.
+        gate: (n, k) weights of the late layers, detached.
+        balance: (n,) KL(gate || uniform) in nats, detached.
+    """
+
+    total: Float[Tensor, ""]
+    per_token: Float[Tensor, " n"]
+    loss: EnsembleLoss
+    gate: Float[Tensor, "n k"]
+    balance: Float[Tensor, " n"]
+
+
+def training_objective(
+    mixture: DepthMixture,
+    normed: Float[Tensor, "n k d"],
+    labels: Int[Tensor, " n"],
+    head: HeadProjection,
+    head_scale: float,
+    transform: LogitTransform,
+    hold_router: bool,
+) -> Objective:
+    """Return the objective of the supervised tokens.
+
+        sum over tokens of CE(ensemble, y) + lambda mean_{j<N} D(sg[p_N] || p_j)
+                           + balance_weight KL(gate || uniform)
+
+    Args:
+        mixture: the norms and the router.
+        normed: output of the model's final norm for each late layer, the last layer last.
+        labels: the token that each position must predict.
+        head: the LM head.
+        head_scale: constant between the final norm and the head.
+        transform: what the model does to the head's output.
+        hold_router: give the router a zero gradient (warm-up phase).
+    """
+    config = mixture.config
+    states, gate = mixture.adapt(normed, hold_router)
+    if head_scale != 1.0:
+        states = states * head_scale
+    late_states = states[:, :-1]
+    if config.distill_into == "adaptation":
+        # The same values by a graph that ends at the model's own states.
+        late_states = mixture.adapt(normed.detach())[0][:, :-1] * head_scale
+    tokens = _Tokens(states.to(head.dtype), late_states.to(head.dtype), gate, labels)
+    loss = _loss(config, tokens, head, transform)
+    balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
+    total = loss.total + config.balance_weight * balance.sum()
+    per_token = (
+        loss.cross_entropy
+        + config.distill_weight * loss.divergence
+        + config.balance_weight * balance.detach()
+    )
+    return Objective(total, per_token, loss, gate.detach(), balance.detach())
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the loss takes of n tokens."""
+
+    states: Float[Tensor, "n k d"]
+    late_states: Float[Tensor, "n l d"]
+    gate: Float[Tensor, "n k"]
+    labels: Int[Tensor, " n"]
+
+    def __getitem__(self, rows: Int[Tensor, " m"]) -> _Tokens:
+        return _Tokens(
+            self.states[rows], self.late_states[rows], self.gate[rows], self.labels[rows]
+        )
+
+
+def _loss(
+    config: MoDEConfig, tokens: _Tokens, head: HeadProjection, transform: LogitTransform
+) -> EnsembleLoss:
+    """Distil on a random fraction of the tokens; the others need their mixture projected alone."""
+    count = len(tokens.labels)
+    if config.distill_weight == 0:
+        return _mixture_loss(tokens, head, transform)
+    if config.distill_fraction == 1.0:
+        return _layers_loss(config, tokens, config.distill_weight, head, transform)
+    order = torch.randperm(count, device=tokens.labels.device)
+    sampled = min(count, max(1, round(config.distill_fraction * count)))
+    scale = count / max(sampled, 1)
+    distilled = _layers_loss(
+        config, tokens[order[:sampled]], config.distill_weight * scale, head, transform
+    )
+    return _join(distilled, _mixture_loss(tokens[order[sampled:]], head, transform), order, scale)
+
+
+def _layers_loss(
+    config: MoDEConfig,
+    tokens: _Tokens,
+    weight: float,
+    head: HeadProjection,
+    transform: LogitTransform,
+) -> EnsembleLoss:
+    """Cross-entropy and distillation: the head runs on all k states of a token."""
+    return ensemble_loss(
+        tokens.states,
+        tokens.gate,
+        tokens.labels,
+        head,
+        transform,
+        weight,
+        config.divergence,
+        tokens.late_states,
+        config.distill_into == "layers",
+    )
+
+
+def _mixture_loss(tokens: _Tokens, head: HeadProjection, transform: LogitTransform) -> EnsembleLoss:
+    """Cross-entropy alone: the head runs once a token, on the mixture."""
+    mixed = mix(tokens.states, tokens.gate).to(head.dtype).unsqueeze(1)
+    whole = torch.ones_like(tokens.gate[:, :1])
+    return ensemble_loss(mixed, whole, tokens.labels, head, transform, distill_weight=0.0)
+
+
+def _join(
+    distilled: EnsembleLoss, others: EnsembleLoss, order: Int[Tensor, " n"], scale: float
+) -> EnsembleLoss:
+    """Put the tokens back in order; the sampled divergences stand for all tokens."""
+    back = order.argsort()
+    return EnsembleLoss(
+        distilled.total + others.total,
+        torch.cat([distilled.cross_entropy, others.cross_entropy])[back],
+        torch.cat([distilled.divergence * scale, others.divergence])[back],
+        torch.cat([distilled.entropy, others.entropy])[back],
+        torch.cat([distilled.correct, others.correct])[back],
+    )

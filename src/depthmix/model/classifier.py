@@ -1,0 +1,153 @@
+"""`ClassifierTask`: a model that classifies sequences.
+
+The model computes its own loss, on the scores of the mixture; distillation and balance are added
+to it. What the head gets of each late layer is mixed before the model picks a token (decoders) or
+after (encoders), which is the same to a linear head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.profiler import record_function
+from transformers.utils.generic import ModelOutput
+
+from depthmix.config import Divergence
+from depthmix.method.divergences import DIVERGENCES
+from depthmix.model.active import require_trainable
+from depthmix.model.forward import Forward
+from depthmix.model.language import LOSS_LABEL
+
+if TYPE_CHECKING:
+    from depthmix.model.runtime import Runtime
+
+
+class ClassifierTask:
+    """A classifier: the mixture, and in training with labels what joins the loss."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """See whether this is a training forward with labels."""
+        if forward.host.training and kwargs.get("labels") is not None:
+            require_trainable(forward.host, forward.mixture)
+            forward.task = _Seen()
+        return kwargs
+
+    def select(self, _forward: Forward, states: Tensor) -> Tensor:
+        """Return all rows."""
+        return states
+
+    def receive(self, forward: Forward, normed: Float[Tensor, "*b k d"]) -> Float[Tensor, "*b d"]:
+        """Return the mixture; in training keep the states for the distillation."""
+        if forward.task is not None:
+            forward.task.normed = normed
+            forward.note_autocast(normed.device.type)
+        return self.runtime.mix(forward, normed)
+
+    def on_scores(self, head: nn.Module, _args: Any, scores: Tensor) -> None:
+        """Keep the scores of the mixture, and the module that gave them (PEFT may copy heads)."""
+        forward = self.runtime.current()
+        if forward is not None and forward.task is not None and not forward.within_norm:
+            forward.task.head, forward.task.scores = head, scores.detach()
+
+    def finish(self, forward: Forward, output: Any) -> Any:
+        """Add distillation and balance to the loss of a training forward."""
+        output = _without_stack(forward, output)
+        seen: _Seen | None = forward.task
+        if seen is None:
+            return output
+        loss, scores = output[:2] if isinstance(output, tuple) else (output.loss, output.logits)
+        forward.within_norm = True  # the head runs once more, and its hooks are to let it
+        dtype, device_type = forward.autocast, loss.device.type
+        with (
+            record_function(LOSS_LABEL),
+            torch.autocast(device_type, dtype=dtype, enabled=dtype is not None),
+        ):
+            loss = loss + self._further_loss(forward, seen, seen.picked(scores), loss.detach())
+        if isinstance(output, ModelOutput):
+            return type(output)(**{**output, "loss": loss})
+        return (loss, *output[1:])
+
+    def _further_loss(
+        self, forward: Forward, seen: _Seen, normed: Float[Tensor, "b k d"], loss: Tensor
+    ) -> Float[Tensor, ""]:
+        """Return the means of lambda x distillation and of balance_weight x balance over rows."""
+        mixture, config = forward.mixture, forward.mixture.config
+        states, gate = mixture.adapt(normed, self.runtime.hold_router)
+        into_layers = config.distill_into == "layers"
+        if not into_layers:
+            states, _ = mixture.adapt(normed.detach())
+        divergence = gate.new_zeros(len(gate))
+        if config.distill_weight > 0:
+            several = forward.host.config.problem_type == "multi_label_classification"
+            scores = seen.project(states.to(normed.dtype), trained=into_layers).float()
+            divergence = distillation(scores, config.divergence, several)
+        balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
+        self.runtime.statistics.add(gate.detach(), loss.expand(len(gate)), divergence.detach())
+        return (config.distill_weight * divergence + config.balance_weight * balance).mean()
+
+
+class _Seen:
+    """What passed the head in one training forward."""
+
+    normed: Float[Tensor, "b *t k d"]
+    head: Any
+    scores: Tensor
+
+    def picked(self, logits: Float[Tensor, "b c"]) -> Float[Tensor, "b k d"]:
+        """Return the states of the token that the model picked of each row.
+
+        Known by its scores: two tokens of equal scores have equal states, as far as these matter.
+        """
+        if self.normed.ndim == 3:
+            return self.normed
+        token = (self.scores == logits.detach().unsqueeze(1)).all(dim=-1).int().argmax(dim=1)
+        return self.normed[torch.arange(len(token), device=token.device), token]
+
+    def project(self, states: Float[Tensor, "b k d"], trained: bool) -> Float[Tensor, "b k c"]:
+        """Return the scores of every layer alone; the head gets a gradient if `trained`."""
+        if trained:
+            return self.head(states)  # type: ignore[no-any-return]
+        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
+        return functional_call(self.head, frozen, (states,))  # type: ignore[no-any-return]
+
+
+def _without_stack(forward: Forward, output: Any) -> Any:
+    """Leave the last layer's own rows alone in the hidden states, where all k were stacked."""
+    states = output.get("hidden_states") if isinstance(output, ModelOutput) else None
+    if not states or len(states[-1]) == len(states[0]):
+        return output
+    last = states[-1][-len(states[0]) :]
+    return type(output)(**{**output, "hidden_states": (*states[:-1], last)})
+
+
+def distillation(
+    scores: Float[Tensor, "b k c"], divergence: Divergence, several: bool
+) -> Float[Tensor, " b"]:
+    """Return the mean divergence of the late layers from the last one, a constant, for every row.
+
+    Args:
+        scores: of every layer alone, the last layer last.
+        divergence: which.
+        several: a row may have several classes; each is then a choice of its own, and the mean
+            over the classes is taken. Otherwise one softmax over the classes. (The one output of a
+            regression is a softmax over one class, whose divergence is zero.)
+    """
+    if several:
+        pairs = torch.stack([scores, torch.zeros_like(scores)], dim=-1)
+        rows = pairs.movedim(2, 1).flatten(0, 1)
+    else:
+        rows = scores
+    log_probs = rows.log_softmax(dim=-1)
+    with torch.no_grad():
+        values, slopes = DIVERGENCES[divergence](log_probs[:, -1:], log_probs[:, :-1])
+    late = rows[:, :-1]
+    values = values + ((late - late.detach()) * slopes).sum(dim=-1)  # the gradient in closed form
+    return values.mean(dim=-1).view(len(scores), -1).mean(dim=-1)

@@ -1,0 +1,255 @@
+"""`LanguageTask`: a model with a language-modelling head, whose loss MoDE sets in training.
+
+begin            in training with labels: take them, so that no logits are made
+select, receive  inference: return the mixture; training: keep the supervised tokens
+finish           training: compute the loss and put it into the output
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.profiler import record_function
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
+
+from depthmix.errors import DepthmixError, TrainingError
+from depthmix.method.head import head_projection
+from depthmix.method.objective import Objective, training_objective
+from depthmix.model.active import require_trainable
+from depthmix.model.anatomy import Between
+from depthmix.model.forward import Forward
+from depthmix.model.no_logits import NoLogits
+
+if TYPE_CHECKING:
+    from depthmix.model.runtime import Runtime
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # label of a token that is not supervised
+LOSS_LABEL = "depthmix: loss"  # what a profiler shows
+
+
+@dataclass
+class FusedLossOutput(ModelOutput):
+    """What TRL's SFTTrainer reads of a model that computes its loss: per-token values (B, T - 1).
+
+    `log_probs` is minus the training objective, so that its sum carries the distillation too.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Supervision:
+    """The supervised tokens of one training forward."""
+
+    targets: Int[Tensor, "b t"]  # the token each position predicts, or IGNORED
+    positions: Int[Tensor, " n"]  # of the supervised ones, in the flattened batch
+    token_count: Tensor | int | None  # `num_items_in_batch`
+    fused: bool  # called by TRL with `fused_lm_head=True`
+    shifted_by_caller: bool
+    asks_terms: bool  # whether the model's own loss is asked for its other terms
+    normed: Float[Tensor, "n k d"] | None = None
+
+
+class LanguageTask:
+    """A language model: the loss of the supervised tokens, or the mixture of all."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        # What belongs to the head, not to the trunk, gets only the positions that are to be kept.
+        anatomy, host = runtime.anatomy, runtime.host
+        in_trunk = (anatomy.norm_path or anatomy.layers_path).startswith(
+            f"{host.base_model_prefix}."
+        )
+        self._trunk_sees_all = in_trunk and anatomy.between is not Between.MODULES
+        self._takes_kept = "logits_to_keep" in runtime.forward_names and self._trunk_sees_all
+
+    def begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the labels out of a training forward, for which `finish` sets the loss."""
+        host, runtime = forward.host, self.runtime
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        fused = bool(kwargs.get("fused_lm_head"))
+        # DPO, GRPO, KTO ...: their objective, on the mixture
+        theirs = fused and runtime.trainer not in (None, "sft")
+        if not host.training or theirs or (labels is None and shifted is None):
+            forward.keep = self._kept(kwargs)
+            return kwargs
+        self._check(forward, kwargs, fused)
+        if labels is not None and host.config.is_encoder_decoder:
+            kwargs.update(_decoder_inputs(host, labels, kwargs))
+        targets = self._targets(labels, shifted)
+        positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        count = kwargs.get("num_items_in_batch")
+        asks = runtime.anatomy.other_terms == "asked" and not fused
+        forward.task = _Supervision(targets, positions, count, fused, shifted is not None, asks)
+        taken = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
+        kwargs = {name: value for name, value in kwargs.items() if name not in taken}
+        if self._takes_kept:
+            kwargs["logits_to_keep"] = 1
+        if asks:  # of one ignored position: the loss is what the model adds to its cross-entropy
+            kwargs |= {"labels": targets.new_full((len(targets), 1), IGNORED)}
+            kwargs |= {"num_items_in_batch": 1}
+        return kwargs
+
+    def _check(self, forward: Forward, kwargs: dict[str, Any], fused: bool) -> None:
+        """Raise for a training forward in which MoDE would learn nothing, or the model less."""
+        if fused and self.runtime.trainer is None:
+            raise TrainingError("attach MoDE to the model before the trainer is made, not after")
+        require_trainable(forward.host, forward.mixture)
+        if self.runtime.anatomy.other_terms == "lost" and kwargs.get("output_router_logits"):
+            raise TrainingError(
+                f"output_router_logits: {type(forward.host).__name__} adds a loss of its experts' "
+                "router which MoDE cannot keep; leave it off"
+            )
+        if self.runtime.trainer is None and forward.mixture.config.router_warmup_steps > 0:
+            logger.warning_once(
+                "router_warmup_steps: only a Trainer counts steps; in a loop of your own set "
+                "`depthmix.model.runtime.runtime_of(model).hold_router` while it should stand still"
+            )
+
+    def _kept(self, kwargs: dict[str, Any]) -> slice | Tensor | None:
+        """Return the positions that are to be mixed, None for all."""
+        keep = kwargs.get("logits_to_keep", 0)
+        states = kwargs.get("output_hidden_states") or self.runtime.host.config.output_hidden_states
+        if not self._takes_kept or states or self.runtime.records:
+            return None
+        if isinstance(keep, Tensor):
+            return keep if keep.ndim == 1 else None
+        return slice(-keep, None) if keep else None
+
+    def _targets(self, labels: Tensor | None, shifted: Tensor | None) -> Int[Tensor, "b t"]:
+        """Return the token that each position predicts, by whichever of the two is given."""
+        if shifted is not None:
+            return shifted
+        assert labels is not None
+        return _shift(labels) if self.runtime.anatomy.labels_shifted else labels
+
+    def select(self, forward: Forward, states: Tensor) -> Tensor:
+        """Return the supervised tokens alone in training, (n, ...); the rest needs no mixture."""
+        if forward.task is None:
+            return states
+        positions = forward.task.positions.to(states.device)
+        return states.flatten(0, 1).index_select(0, positions)
+
+    def receive(
+        self, forward: Forward, normed: Float[Tensor, "*b k d"]
+    ) -> Float[Tensor, "*b d"] | None:
+        """Keep the states of the supervised tokens, or return the mixture of all."""
+        if forward.task is None:
+            return self.runtime.mix(forward, normed)
+        forward.task.normed = normed
+        forward.note_autocast(normed.device.type)
+        return None
+
+    def on_scores(self, _head: nn.Module, _args: Any, _scores: Tensor) -> None:
+        """Nothing: the loss projects what it needs itself."""
+
+    def finish(self, forward: Forward, output: Any) -> Any:
+        """Set the loss of a training forward."""
+        supervision: _Supervision | None = forward.task
+        if supervision is None:
+            return None
+        with record_function(LOSS_LABEL):
+            objective = self._objective(forward, supervision)
+        parts = objective.loss
+        self.runtime.statistics.add(objective.gate, parts.cross_entropy, parts.divergence)
+        if supervision.fused:
+            return _fused_output(objective, supervision, output)
+        return _with_loss(forward, objective, supervision, output)
+
+    def _objective(self, forward: Forward, supervision: _Supervision) -> Objective:
+        normed, anatomy, host = supervision.normed, self.runtime.anatomy, forward.host
+        if normed is None:
+            raise DepthmixError("the final norm did not run in this forward")
+        head: Any = host.get_output_embeddings()
+        targets = supervision.targets.to(normed.device).flatten()
+        transform = anatomy.logit_transform
+        if anatomy.output_bias_path is not None:
+            bias: Any = host.get_submodule(anatomy.output_bias_path.rpartition(".")[0])
+            bias = getattr(bias, anatomy.output_bias_path.rpartition(".")[2])
+            transform = replace(transform, bias=bias.detach().flatten())
+        return training_objective(
+            forward.mixture,
+            normed,
+            targets[supervision.positions.to(normed.device)],
+            head_projection(head, normed.dtype, anatomy.vocabulary, forward.autocast),
+            anatomy.head_scale,
+            transform,
+            self.runtime.hold_router,
+        )
+
+
+def _with_loss(
+    forward: Forward, objective: Objective, supervision: _Supervision, output: Any
+) -> Any:
+    """Put the mean loss, and the model's other terms, into the output of a training forward."""
+    count = supervision.token_count
+    if count is None:
+        count = max(len(supervision.positions), 1)
+    elif isinstance(count, Tensor):
+        count = count.to(objective.total.device)
+    loss = objective.total / count
+    # DataParallel gathers the outputs of its replicas, and knows tensors and None alone.
+    logits = None if getattr(forward.host, "_is_replica", False) else NoLogits()
+    if not isinstance(output, ModelOutput):
+        terms, *rest = output if supervision.asks_terms else (0.0, *output)
+        return (loss + terms, None, *rest[1:])
+    if supervision.asks_terms:
+        loss = loss + output["loss"].to(loss.device)
+    return type(output)(**{**output, "loss": loss, "logits": logits})
+
+
+def _shift(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Position t predicts label t + 1; the last position predicts nothing."""
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def _decoder_inputs(
+    host: Any, labels: Int[Tensor, "b t"], given: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return what an encoder-decoder would make of its labels, which it will not see."""
+    if given.get("decoder_input_ids") is not None or given.get("decoder_inputs_embeds") is not None:
+        return {}
+    try:
+        inputs = host.prepare_decoder_input_ids_from_labels(labels=labels)
+    except AttributeError:  # M2M100, Blenderbot: a function beside the class
+        shift = vars(sys.modules[type(host).__module__])["shift_tokens_right"]
+        inputs = shift(labels, host.config.pad_token_id, host.config.decoder_start_token_id)
+    return {"decoder_input_ids": inputs}
+
+
+def _fused_output(objective: Objective, supervision: _Supervision, output: Any) -> FusedLossOutput:
+    targets, positions = supervision.targets, supervision.positions
+    mask = targets != IGNORED
+
+    def spread(values: Tensor) -> Tensor:
+        """Put one value a supervised token back to its place in the batch."""
+        flat = values.new_zeros(targets.numel())
+        flat[positions.to(values.device)] = values
+        return flat.view(targets.shape)
+
+    # The graph hangs on the sum. Spread evenly, it reaches every reduction that weighs the tokens
+    # alike, as SFTTrainer's does; one that does not (`dft`) is refused when training starts.
+    gradient_only = (objective.total - objective.total.detach()) / max(len(positions), 1)
+    log_probs = -(spread(objective.per_token) + gradient_only * mask)
+    fields = {
+        "log_probs": log_probs,
+        "entropy": spread(objective.loss.entropy),
+        "is_top1": spread(objective.loss.correct),
+        "label_mask": mask,
+    }
+    if not supervision.shifted_by_caller:
+        fields = {name: value[:, :-1] for name, value in fields.items()}
+    return FusedLossOutput(aux_loss=output.get("aux_loss"), **fields)
