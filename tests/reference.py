@@ -116,10 +116,15 @@ def head_inputs(model, layers_path, head_path, k, **inputs):
     return torch.stack(given, -2)
 
 
-def raw_logits(model, states):
-    """The head's output on adapted states, at least in fp32."""
+def raw_logits(model, states, trains_head=True):
+    """The head's output on adapted states, at least in fp32; its gradient may spare the head."""
     head = model.get_output_embeddings()
-    raw = head(states.to(head.weight.dtype))
+    states = states.to(head.weight.dtype)
+    if trains_head:
+        raw = head(states)
+    else:
+        fixed = {name: p.detach() for name, p in head.named_parameters()}
+        raw = torch.func.functional_call(head, fixed, (states,))
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
@@ -137,7 +142,8 @@ def objective(model, anatomy, mixture, labels, **inputs):
     supervised = targets != IGNORED
     normed = normed_states(model, anatomy, config.k, **inputs)[supervised]
     g = gate(mixture, normed)
-    late = normed.detach() if config.distill_into == "adaptation" else normed
+    into_layers = config.distill_into == "layers"
+    late = normed if into_layers else normed.detach()
     total = loss(
         raw_logits(model, adapted(mixture, normed)),
         g,
@@ -145,7 +151,7 @@ def objective(model, anatomy, mixture, labels, **inputs):
         anatomy.transform,
         config.distill_weight,
         config.divergence,
-        raw_logits(model, adapted(mixture, late))[:, :-1],
+        raw_logits(model, adapted(mixture, late), trains_head=into_layers)[:, :-1],
     )
     balance = (g * g.clamp_min(1e-30).log()).sum() + len(g) * math.log(config.k)
     return total + config.balance_weight * balance

@@ -34,5 +34,5 @@ def test_method(method):
 
 
 def test_table_in_the_documents_is_complete():
-    table = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    table = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     assert [method for method in METHODS if f"| {method} |" not in table] == []

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from depthmix import losses
+from depthmix.method import fused_loss as losses
 from depthmix.method.fused_loss import ensemble_loss
 from depthmix.method.head import LinearHead, LogitTransform
 

@@ -10,7 +10,7 @@ from torch.autograd import grad
 from torch.testing import assert_close
 
 import reference
-from depthmix import losses
+from depthmix.method import fused_loss as losses
 from depthmix.method.fused_loss import ensemble_loss
 from depthmix.method.head import LinearHead, LogitTransform, ModuleHead, head_projection
 from models import ANATOMIES, CAP, VOCABULARY, randomise, tiny_model

@@ -393,7 +393,8 @@ def test_ways_to_pass_labels_agree():
     ids, labels = token_ids(), labels_of(token_ids())
     shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     expected = model(input_ids=ids, labels=labels)
-    assert expected.logits is None
+    with pytest.raises(TrainingError, match="makes no logits"):
+        _ = expected.logits[0]
     assert torch.equal(model(ids, labels=labels).loss, expected.loss)
     assert torch.equal(model(ids, None, None, None, None, labels).loss, expected.loss)
     assert torch.equal(model(ids, shift_labels=shifted, labels=labels).loss, expected.loss)

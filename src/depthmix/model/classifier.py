@@ -54,7 +54,7 @@ class ClassifierTask:
     def on_scores(self, head: nn.Module, _args: Any, scores: Tensor) -> None:
         """Keep the scores of the mixture, and the module that gave them (PEFT may copy heads)."""
         forward = self.runtime.current()
-        if forward is not None and forward.task is not None and not forward.within_norm:
+        if forward is not None and forward.task is not None and not forward.task.complete:
             forward.task.head, forward.task.scores = head, scores.detach()
 
     def finish(self, forward: Forward, output: Any) -> Any:
@@ -64,7 +64,7 @@ class ClassifierTask:
         if seen is None:
             return output
         loss, scores = output[:2] if isinstance(output, tuple) else (output.loss, output.logits)
-        forward.within_norm = True  # the head runs once more, and its hooks are to let it
+        seen.complete = True
         dtype, device_type = forward.autocast, loss.device.type
         with (
             record_function(LOSS_LABEL),
@@ -100,6 +100,7 @@ class _Seen:
     normed: Float[Tensor, "b *t k d"]
     head: Any
     scores: Tensor
+    complete = False  # the head then runs once more, for the layers alone
 
     def picked(self, logits: Float[Tensor, "b c"]) -> Float[Tensor, "b k d"]:
         """Return the states of the token that the model picked of each row.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 _FORWARDS: ContextVar[tuple[weakref.ref[Forward], ...]] = ContextVar("forwards", default=())
 
 
-@dataclass(eq=False)
 class Forward:
     """One forward.
 
@@ -39,23 +37,25 @@ class Forward:
         with_grad: whether each was made with a graph.
         autocast: dtype of the autocast region around the head's input, None outside of one.
         within_norm: whether the final norm runs on a state of ours.
+        stacked: whether the states of all late layers are on their way to the head.
         task: what the task keeps for the end of the forward.
     """
 
-    runtime: Runtime
-    host: PreTrainedModel
-    mixture: DepthMixture
-    whole: bool
-    keep: slice | Tensor | None = None
-    states: list[Tensor | None] = field(default_factory=list)
-    with_grad: list[bool] = field(default_factory=list)
-    autocast: torch.dtype | None = None
-    within_norm: bool = False
-    task: Any = None
-
-    def __post_init__(self) -> None:
-        count = len(self.runtime.anatomy.layer_indices)
-        self.states, self.with_grad = [None] * count, [False] * count
+    def __init__(
+        self, runtime: Runtime, host: PreTrainedModel, mixture: DepthMixture, whole: bool
+    ) -> None:
+        self.runtime = runtime
+        self.host = host
+        self.mixture = mixture
+        self.whole = whole
+        self.keep: slice | Tensor | None = None
+        count = mixture.config.k
+        self.states: list[Tensor | None] = [None] * count
+        self.with_grad = [False] * count
+        self.autocast: torch.dtype | None = None
+        self.within_norm = False
+        self.stacked = False
+        self.task: Any = None
 
     def take(self) -> list[Tensor | None]:
         """Return the states and let go of them."""

@@ -163,7 +163,7 @@ def settle_other_terms(runtime: Runtime) -> None:
     ):
         switches.append({"output_router_logits": True})
     try:
-        with runnable(host), gathered(head.parameters()), evaluating(host), _one_hot(host):
+        with runnable(host), gathered(head.parameters()), evaluating(host), _one_hot(host, runtime.anatomy.hidden_size):
             none, *none_routed = [_difference(runtime, switch) for switch in switches]
             asked, *asked_routed = none, *none_routed
             if any((none, *none_routed)):
@@ -184,11 +184,11 @@ def settle_other_terms(runtime: Runtime) -> None:
 
 
 @contextmanager
-def _one_hot(host: Any) -> Iterator[None]:
+def _one_hot(host: Any, width: int) -> Iterator[None]:
     """Have the last layer predict alone, without distillation."""
     mixture = getattr(host, MODULE_NAME)
     config = MoDEConfig(k=mixture.config.k, adaptation="none", distill_weight=0, router_prior=None)
-    alone = DepthMixture(config, mixture.router.weight.shape[-1], {})
+    alone = DepthMixture(config, width, {})
     alone.router.bias.data[-1] = 1e4
     setattr(host, MODULE_NAME, alone.to(mixture.router.weight.device))
     try:

@@ -121,14 +121,16 @@ class StackedPath:
         if forward is None or not forward.whole:
             return None
         states = checked(forward, forward.take())
+        forward.stacked = True
         stacked = torch.cat([state.to(states[-1].device) for state in states])
         return with_first_tensor(output, stacked)
 
     def on_head(self, _head: nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
         """Return the mixture in place of the stacked states."""
         forward = self.runtime.current()
-        if forward is None or forward.within_norm:
+        if forward is None or not forward.stacked:
             return None
+        forward.stacked = False  # a copy of the head within a wrapper has this hook, too
         task = self.runtime.task
         with record_function(MIXTURE_LABEL):
             normed = args[0].unflatten(0, (forward.mixture.config.k, -1)).movedim(0, -2)
