@@ -41,21 +41,17 @@ class Forward:
         task: what the task keeps for the end of the forward.
     """
 
-    def __init__(
-        self, runtime: Runtime, host: PreTrainedModel, mixture: DepthMixture, whole: bool
-    ) -> None:
-        self.runtime = runtime
-        self.host = host
-        self.mixture = mixture
-        self.whole = whole
-        self.keep: slice | Tensor | None = None
-        count = mixture.config.k
-        self.states: list[Tensor | None] = [None] * count
-        self.with_grad = [False] * count
-        self.autocast: torch.dtype | None = None
-        self.within_norm = False
-        self.stacked = False
-        self.task: Any = None
+    runtime: Runtime
+    host: PreTrainedModel
+    mixture: DepthMixture
+    whole: bool
+    states: list[Tensor | None]
+    with_grad: list[bool]
+    keep: slice | Tensor | None = None
+    autocast: torch.dtype | None = None
+    within_norm = False
+    stacked = False
+    task: Any = None
 
     def take(self) -> list[Tensor | None]:
         """Return the states and let go of them."""
@@ -72,6 +68,16 @@ class Arguments(dict[str, Any]):
     """Keyword arguments of a call, which own the forward that the call is."""
 
     forward: Forward
+
+
+def begin(
+    runtime: Runtime, host: PreTrainedModel, mixture: DepthMixture, whole: bool
+) -> Forward:
+    """Return a new forward, in which nothing has run yet."""
+    forward = Forward()
+    forward.runtime, forward.host, forward.mixture, forward.whole = runtime, host, mixture, whole
+    forward.states, forward.with_grad = [None] * mixture.config.k, [False] * mixture.config.k
+    return forward
 
 
 def enter(forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:

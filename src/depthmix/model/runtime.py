@@ -152,7 +152,7 @@ class Runtime:
         mixture = self.mixture(host)
         if mixture is None or mixture.config.k == 1:
             return None
-        return Forward(self, host, mixture, whole)
+        return forwards.begin(self, host, mixture, whole)
 
     def on_layer(self, place: int, _layer: nn.Module, _args: Any, output: Any) -> None:
         """Keep the state of a late layer, and whether it was made with a graph."""
