@@ -29,6 +29,7 @@ from depthmix.carry.adapters import (
 )
 from depthmix.carry.callback import watch_trainers
 from depthmix.carry.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from depthmix.carry.hotswap import refuse_hotswap
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError, DepthmixError
 from depthmix.method.mixture import MODULE_NAME, DepthMixture, read_spec
@@ -86,6 +87,7 @@ def attach(
         elif isinstance(model, PeftModel):
             carry(model)
     watch_trainers()
+    refuse_hotswap()
     if isinstance(model, PeftModel):
         for carried in model.peft_config.values():
             describe_in(carried, description(config))

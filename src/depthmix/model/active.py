@@ -41,6 +41,22 @@ class ActiveMixture:
             return None
         return module.modules_to_save[active[0]]  # type: ignore[return-value]
 
+    def require_carried(self, host: nn.Module) -> None:
+        """Refuse to train an adapter without MoDE beside one with it.
+
+        Raises:
+            TrainingError: the active adapter has no MoDE.
+        """
+        module: Any = host.get_submodule(MODULE_NAME)
+        if not host.training or not isinstance(module, ModulesToSaveWrapper):
+            return
+        missing = [n for n in module.active_adapters if n not in module.modules_to_save]
+        if missing and not module.disable_adapters:
+            raise TrainingError(
+                f"adapter {missing[0]!r} has no MoDE, so it would be trained without: put "
+                "'depthmix' into modules_to_save of its PEFT configuration"
+            )
+
     def _prompt_learning_disabled(self, host: nn.Module, wrapper: ModulesToSaveWrapper) -> bool:
         """Tell whether a prompt-learning PeftModel is in `disable_adapter()`.
 

@@ -8,12 +8,12 @@ after (encoders), which is the same to a linear head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.profiler import record_function
 from transformers.utils.generic import ModelOutput
 
@@ -59,10 +59,9 @@ class ClassifierTask:
 
     def finish(self, forward: Forward, output: Any) -> Any:
         """Add distillation and balance to the loss of a training forward."""
-        output = _without_stack(forward, output)
         seen: _Seen | None = forward.task
         if seen is None:
-            return output
+            return None
         loss, scores = output[:2] if isinstance(output, tuple) else (output.loss, output.logits)
         seen.complete = True
         dtype, device_type = forward.autocast, loss.device.type
@@ -80,15 +79,18 @@ class ClassifierTask:
     ) -> Float[Tensor, ""]:
         """Return the means of lambda x distillation and of balance_weight x balance over rows."""
         mixture, config = forward.mixture, forward.mixture.config
+        several = forward.host.config.problem_type == "multi_label_classification"
+
+        def divergence_of(states: Tensor) -> Float[Tensor, " b"]:
+            scores = seen.head(states.to(normed.dtype)).float()
+            return distillation(scores, config.divergence, several)
+
         states, gate = mixture.adapt(normed, self.runtime.hold_router)
-        into_layers = config.distill_into == "layers"
-        if not into_layers:
-            states, _ = mixture.adapt(normed.detach())
         divergence = gate.new_zeros(len(gate))
-        if config.distill_weight > 0:
-            several = forward.host.config.problem_type == "multi_label_classification"
-            scores = seen.project(states.to(normed.dtype), trained=into_layers).float()
-            divergence = distillation(scores, config.divergence, several)
+        if config.distill_weight > 0 and config.distill_into == "layers":
+            divergence = divergence_of(states)
+        elif config.distill_weight > 0:
+            divergence = _by_states_alone(divergence_of, mixture.adapt(normed.detach())[0])
         balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
         self.runtime.statistics.add(gate.detach(), loss.expand(len(gate)), divergence.detach())
         return (config.distill_weight * divergence + config.balance_weight * balance).mean()
@@ -112,21 +114,16 @@ class _Seen:
         token = (self.scores == logits.detach().unsqueeze(1)).all(dim=-1).int().argmax(dim=1)
         return self.normed[torch.arange(len(token), device=token.device), token]
 
-    def project(self, states: Float[Tensor, "b k d"], trained: bool) -> Float[Tensor, "b k c"]:
-        """Return the scores of every layer alone; the head gets a gradient if `trained`."""
-        if trained:
-            return self.head(states)  # type: ignore[no-any-return]
-        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
-        return functional_call(self.head, frozen, (states,))  # type: ignore[no-any-return]
 
-
-def _without_stack(forward: Forward, output: Any) -> Any:
-    """Leave the last layer's own rows alone in the hidden states, where all k were stacked."""
-    states = output.get("hidden_states") if isinstance(output, ModelOutput) else None
-    if not states or len(states[-1]) == len(states[0]):
-        return output
-    last = states[-1][-len(states[0]) :]
-    return type(output)(**{**output, "hidden_states": (*states[:-1], last)})
+def _by_states_alone(
+    divergence: Callable[[Tensor], Float[Tensor, " b"]], states: Float[Tensor, "b k d"]
+) -> Float[Tensor, " b"]:
+    """Return the divergence of every row, whose gradient reaches the states and nothing else."""
+    with torch.enable_grad():
+        leaf = states.detach().requires_grad_()
+        values = divergence(leaf)
+        (slopes,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach() + ((states - states.detach()) * slopes).flatten(1).sum(dim=-1)
 
 
 def distillation(

@@ -70,9 +70,7 @@ class Arguments(dict[str, Any]):
     forward: Forward
 
 
-def begin(
-    runtime: Runtime, host: PreTrainedModel, mixture: DepthMixture, whole: bool
-) -> Forward:
+def begin(runtime: Runtime, host: PreTrainedModel, mixture: DepthMixture, whole: bool) -> Forward:
     """Return a new forward, in which nothing has run yet."""
     forward = Forward()
     forward.runtime, forward.host, forward.mixture, forward.whole = runtime, host, mixture, whole

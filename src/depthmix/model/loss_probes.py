@@ -163,7 +163,12 @@ def settle_other_terms(runtime: Runtime) -> None:
     ):
         switches.append({"output_router_logits": True})
     try:
-        with runnable(host), gathered(head.parameters()), evaluating(host), _one_hot(host, runtime.anatomy.hidden_size):
+        with (
+            runnable(host),
+            gathered(head.parameters()),
+            evaluating(host),
+            _one_hot(host, runtime.anatomy.hidden_size),
+        ):
             none, *none_routed = [_difference(runtime, switch) for switch in switches]
             asked, *asked_routed = none, *none_routed
             if any((none, *none_routed)):

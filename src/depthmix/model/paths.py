@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+from transformers.utils.generic import ModelOutput
 
 from depthmix.errors import DepthmixError, TrainingError
 from depthmix.model.anatomy import Between, first_tensor, with_first_tensor
@@ -155,6 +156,15 @@ def checked(forward: Forward, states: list[Tensor | None]) -> list[Tensor]:
             "leave them untrained: set gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     return [state for state in states if state is not None]
+
+
+def without_stack(forward: Forward, output: Any) -> Any:
+    """Leave the last layer's own rows alone in the hidden states, where all k were stacked."""
+    states = output.get("hidden_states") if isinstance(output, ModelOutput) else None
+    if not states or len(states[-1]) == len(states[0]):
+        return output
+    last = states[-1][-len(states[0]) :]
+    return type(output)(**{**output, "hidden_states": (*states[:-1], last)})
 
 
 def _put(whole: Tensor, keep: slice | Tensor, mixed: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from depthmix.model.anatomy import Anatomy, Between, first_tensor, is_classifier
 from depthmix.model.classifier import ClassifierTask
 from depthmix.model.forward import Forward
 from depthmix.model.language import LanguageTask
-from depthmix.model.paths import NormPath, Path, StackedPath
+from depthmix.model.paths import NormPath, Path, StackedPath, without_stack
 from depthmix.model.statistics import TrainingStatistics
 
 RUNTIME_NAME = "depthmix_runtime"  # attribute of the model that carries MoDE
@@ -133,6 +133,7 @@ class Runtime:
         self._follow_head()
         forward = self._new(host, whole=True)
         if forward is None:
+            self.active.require_carried(host)
             return None
         kwargs = {**dict(zip(self.forward_names, args, strict=False)), **kwargs}
         return (), forwards.enter(forward, self.task.begin(forward, kwargs))
@@ -170,7 +171,8 @@ class Runtime:
         """End a forward of the model."""
         forward = forwards.leave(self, kwargs)
         if forward is not None:
-            return self.task.finish(forward, output)
+            given = self.task.finish(forward, output)
+            return without_stack(forward, output if given is None else given)
         if not torch.compiler.is_compiling() and self._new(host, whole=True) is not None:
             raise DepthmixError(
                 "a forward pre-hook of another library has replaced the model's arguments after "
