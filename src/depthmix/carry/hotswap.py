@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import hotswap
@@ -15,7 +15,7 @@ _check: Any = hotswap.check_hotswap_configs_compatible
 
 def refuse_hotswap() -> None:
     """Have PEFT refuse to swap adapters with MoDE; without, it fails with a KeyError halfway."""
-    hotswap.check_hotswap_configs_compatible = _check_without_mode
+    cast("Any", hotswap).check_hotswap_configs_compatible = _check_without_mode
 
 
 def _check_without_mode(active: PeftConfig, other: PeftConfig) -> None:

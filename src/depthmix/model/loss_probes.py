@@ -22,7 +22,7 @@ from depthmix.method.head import LogitTransform
 from depthmix.method.mixture import MODULE_NAME, DepthMixture
 from depthmix.model.anatomy import OtherTerms
 from depthmix.model.language import IGNORED
-from depthmix.model.partitioned import gathered, runnable
+from depthmix.model.partitioned import runnable
 from depthmix.model.probing import describe, evaluating, probe_inputs, run_probe
 
 if TYPE_CHECKING:
@@ -164,8 +164,7 @@ def settle_other_terms(runtime: Runtime) -> None:
         switches.append({"output_router_logits": True})
     try:
         with (
-            runnable(host),
-            gathered(head.parameters()),
+            runnable(host, list(head.parameters())),
             evaluating(host),
             _one_hot(host, runtime.anatomy.hidden_size),
         ):

@@ -24,8 +24,13 @@ def gathered(weights: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def runnable(model: nn.Module) -> Iterator[None]:
-    """Have every module's own weights whole while it runs; without ZeRO-3, do nothing."""
+def runnable(model: nn.Module, whole: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Have every module's own weights whole while it runs; without ZeRO-3, do nothing.
+
+    Args:
+        model: the model.
+        whole: weights that are to be whole all the time, to be read outside of their modules.
+    """
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -38,10 +43,15 @@ def runnable(model: nn.Module) -> Iterator[None]:
     def release(module: nn.Module, _args: Any, _output: Any) -> None:
         at_work.pop(module).__exit__(None, None, None)
 
-    handles = [module.register_forward_pre_hook(gather) for module in model.modules()]
-    handles += [m.register_forward_hook(release, always_call=True) for m in model.modules()]
+    kept = {id(weight) for weight in whole}
+    modules = [  # DeepSpeed gathers no weight twice
+        m for m in model.modules() if not any(id(p) in kept for p in m.parameters(recurse=False))
+    ]
+    handles = [module.register_forward_pre_hook(gather) for module in modules]
+    handles += [m.register_forward_hook(release, always_call=True) for m in modules]
     try:
-        yield
+        with gathered(whole):
+            yield
     finally:
         for handle in handles:
             handle.remove()
