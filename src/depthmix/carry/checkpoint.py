@@ -88,7 +88,9 @@ class Checkpoint:
         """Refuse a base model that was not loaded from this, a whole fine-tuned model."""
         embeddings: Any = model.get_input_embeddings().weight
         name = next(n for n, p in model.named_parameters() if p is embeddings)
-        if name in self and not _close(_sample(self.read(name)), _sample(embeddings)):
+        with gathered([embeddings]):
+            sample = _sample(embeddings)
+        if name in self and not _close(_sample(self.read(name)), sample):
             raise CheckpointError(
                 f"{self.folder}: holds a whole fine-tuned model, and the base model given has "
                 "other weights: load the base model from this folder with from_pretrained"
@@ -114,9 +116,10 @@ def fingerprint(host: PreTrainedModel, anatomy: Anatomy) -> dict[str, Any]:
         parts[anatomy.norm_path] = host.get_submodule(anatomy.norm_path)
     samples = {}
     for path, part in parts.items():
-        for name, weight in _base_weights(part).items():
-            if weight.dtype in _PLAIN and (weight.ndim > 1 or path == anatomy.norm_path):
-                samples[f"{path}.{name}"] = _sample(weight)
+        with gathered(part.parameters()):
+            for name, weight in _base_weights(part).items():
+                if weight.dtype in _PLAIN and (weight.ndim > 1 or path == anatomy.norm_path):
+                    samples[f"{path}.{name}"] = _sample(weight)
     return {
         "name": host.config.name_or_path,
         "revision": getattr(host.config, "_commit_hash", None),
@@ -175,8 +178,7 @@ def _close(a: list[float], b: list[float]) -> bool:
 
 
 def _sample(weight: Tensor) -> list[float]:
-    with gathered([weight]):
-        flat = weight.detach()[:SAMPLED_ROWS].flatten()
-        places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
-        values = flat[places.to(flat.device)].float().tolist()
+    flat = weight.detach()[:SAMPLED_ROWS].flatten()
+    places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    values = flat[places.to(flat.device)].float().tolist()
     return [float(f"{value:.4g}") for value in values]

@@ -34,21 +34,23 @@ def runnable(model: nn.Module, whole: Iterable[Tensor] = ()) -> Iterator[None]:
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    at_work: dict[nn.Module, AbstractContextManager[Any]] = {}
+    whole = list(whole)
+    there = {id(weight) for weight in whole}  # DeepSpeed gathers no weight twice
+    at_work: list[tuple[set[int], AbstractContextManager[Any]]] = []
 
     def gather(module: nn.Module, _args: Any) -> None:
-        at_work[module] = gathered(module.parameters(recurse=False))
-        at_work[module].__enter__()
+        missing = [p for p in module.parameters(recurse=False) if id(p) not in there]
+        at_work.append(({id(p) for p in missing}, gathered(missing)))
+        at_work[-1][1].__enter__()
+        there.update(at_work[-1][0])
 
-    def release(module: nn.Module, _args: Any, _output: Any) -> None:
-        at_work.pop(module).__exit__(None, None, None)
+    def release(_module: nn.Module, _args: Any, _output: Any) -> None:
+        ids, weights = at_work.pop()
+        there.difference_update(ids)
+        weights.__exit__(None, None, None)
 
-    kept = {id(weight) for weight in whole}
-    modules = [  # DeepSpeed gathers no weight twice
-        m for m in model.modules() if not any(id(p) in kept for p in m.parameters(recurse=False))
-    ]
-    handles = [module.register_forward_pre_hook(gather) for module in modules]
-    handles += [m.register_forward_hook(release, always_call=True) for m in modules]
+    handles = [module.register_forward_pre_hook(gather) for module in model.modules()]
+    handles += [m.register_forward_hook(release, always_call=True) for m in model.modules()]
     try:
         with gathered(whole):
             yield
