@@ -7,6 +7,7 @@ configuration, which is copied.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ from depthmix.model.discovery import discover
 from depthmix.model.loss_probes import settle_other_terms
 from depthmix.model.runtime import RUNTIME_NAME, Runtime, runtime_of
 
+_HOLDERS = (dict, OrderedDict, set)  # in which a module keeps its children, parameters and hooks
 MODEL_TAGS = ["depthmix", "mixture-of-depths-ensemble"]  # on the model's page on the hub
 
 
@@ -83,7 +85,9 @@ def attach(
     with _undone_on_failure(host):
         _install(host, config, anatomy)
         if peft_config is not None:
-            model = _wrapped(host, peft_config, anatomy if late_layers_only else None)
+            model = get_peft_model(host, peft_config)
+            if late_layers_only:
+                require_late_layers_only(host, anatomy)
         elif isinstance(model, PeftModel):
             carry(model)
     watch_trainers()
@@ -138,8 +142,8 @@ def load(base_model: nn.Module, folder: str | Path, is_trainable: bool = False) 
     assert isinstance(base_model, PreTrainedModel)
     saved = Checkpoint(Path(folder))
     spec = saved.spec()
-    attach(base_model, MoDEConfig.from_dict(spec["config"]))
     with _undone_on_failure(base_model):
+        attach(base_model, MoDEConfig.from_dict(spec["config"]))
         if (saved.folder / CONFIG_NAME).exists():
             return _load_adapter(base_model, saved, spec, is_trainable)
         return _load_whole(base_model, saved, is_trainable)
@@ -160,16 +164,23 @@ def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: 
 
 @contextmanager
 def _undone_on_failure(host: PreTrainedModel) -> Iterator[None]:
-    """If anything raises, take MoDE off and give every parameter its `requires_grad` back."""
-    trained = {name: p.requires_grad for name, p in host.named_parameters()}
+    """If anything raises, put back the model's modules, hooks, parameters and attributes."""
+    attributes = {module: dict(vars(module)) for module in host.modules()}
+    # Emptied and filled again: the handles of hooks know the very dictionaries.
+    held = [(v, v.copy()) for a in attributes.values() for v in a.values() if type(v) in _HOLDERS]
+    parameters = [(p, p.data, p.requires_grad) for p in host.parameters()]
     try:
         yield
     except BaseException:
-        if RUNTIME_NAME in vars(host):
-            detach(host)
-        vars(host).pop("peft_config", None)  # PEFT sets it before it knows its targets
-        for name, parameter in host.named_parameters():
-            parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
+        for holder, content in held:
+            holder.clear()
+            holder.update(content)
+        for parameter, data, trained in parameters:
+            parameter.data = data
+            parameter.requires_grad_(trained)
         raise
 
 
@@ -184,19 +195,6 @@ def _install(host: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> Non
         settle_other_terms(runtime)
 
 
-def _wrapped(host: PreTrainedModel, config: PeftConfig, restricted: Anatomy | None) -> PeftModel:
-    """Wrap the model in a tuning method; unload it if it is not on the late layers alone."""
-    model: Any = get_peft_model(host, config)
-    if restricted is not None:
-        try:
-            require_late_layers_only(host, restricted)
-        except ConfigError:
-            if not config.is_prompt_learning:
-                model.unload()
-            raise
-    return model  # type: ignore[no-any-return]
-
-
 def _load_adapter(
     base_model: PreTrainedModel, saved: Checkpoint, spec: dict[str, Any], is_trainable: bool
 ) -> PeftModel:
@@ -205,13 +203,8 @@ def _load_adapter(
     config = read_peft_config(saved.folder)
     config.inference_mode = not is_trainable
     model = get_peft_model(base_model, config)
-    try:
-        saved.require(get_peft_model_state_dict(model), extra_allowed=False)
-        model.load_adapter(str(saved.folder), "default", is_trainable=is_trainable)
-    except BaseException:
-        if not config.is_prompt_learning:
-            model.unload()
-        raise
+    saved.require(get_peft_model_state_dict(model), extra_allowed=False)
+    model.load_adapter(str(saved.folder), "default", is_trainable=is_trainable)
     describe_in(config, description(mixture.config))
     return model
 

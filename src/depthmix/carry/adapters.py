@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, _set_trainable
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -28,6 +28,7 @@ from depthmix.model.discovery import discover
 
 # PEFT warns of a key it does not know by its name.
 DESCRIPTION_KEY = "load_with_depthmix.load"
+_DESCRIPTION = "depthmix_description"  # attribute of a configuration
 
 
 def carry(model: PeftModel) -> None:
@@ -66,7 +67,7 @@ def with_mode(config: PeftConfig) -> PeftConfig:
 def without_mode(config: PeftConfig) -> PeftConfig:
     """Undo `with_mode` and `describe_in`, in place, and return the configuration."""
     untyped: Any = config
-    vars(config).pop("to_dict", None)
+    vars(config).pop(_DESCRIPTION, None)
     kept = [name for name in untyped.modules_to_save or [] if name != MODULE_NAME]
     untyped.modules_to_save = kept or None
     return config
@@ -139,12 +140,17 @@ def describe_in(config: PeftConfig, text: dict[str, Any]) -> None:
     A process that loads the adapter without depthmix then gets PEFT's warning about that key,
     which says what to do, instead of wrong logits in silence.
     """
-    untyped: Any = config
-    untyped.to_dict = functools.partial(_with_description, config, text)
+    vars(config)[_DESCRIPTION] = text
+    cast("Any", PeftConfigMixin).to_dict = _to_dict_described
 
 
-def _with_description(config: PeftConfig, text: dict[str, Any]) -> dict[str, Any]:
-    return {**type(config).to_dict(config), DESCRIPTION_KEY: text}
+_to_dict = PeftConfigMixin.to_dict
+
+
+def _to_dict_described(self: PeftConfigMixin) -> dict[str, Any]:
+    """Return what PEFT writes of a configuration, and the description of MoDE if it has one."""
+    text = vars(self).get(_DESCRIPTION)
+    return _to_dict(self) | ({} if text is None else {DESCRIPTION_KEY: text})
 
 
 def read_peft_config(folder: Path) -> PeftConfig:

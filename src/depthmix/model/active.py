@@ -50,11 +50,11 @@ class ActiveMixture:
         module: Any = host.get_submodule(MODULE_NAME)
         if not host.training or not isinstance(module, ModulesToSaveWrapper):
             return
-        missing = [n for n in module.active_adapters if n not in module.modules_to_save]
-        if missing and not module.disable_adapters:
+        carrying = set(module.active_adapters) & set(module.modules_to_save)
+        if not carrying and not module.disable_adapters:
             raise TrainingError(
-                f"adapter {missing[0]!r} has no MoDE, so it would be trained without: put "
-                "'depthmix' into modules_to_save of its PEFT configuration"
+                "the active adapter has no MoDE, so it would be trained without: put 'depthmix' "
+                "into modules_to_save of its PEFT configuration"
             )
 
     def _prompt_learning_disabled(self, host: nn.Module, wrapper: ModulesToSaveWrapper) -> bool:

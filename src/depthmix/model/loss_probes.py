@@ -223,13 +223,14 @@ def _difference(runtime: Runtime, switch: dict[str, Any]) -> str:
     cross_entropy = float(F.cross_entropy(logits, targets.to(logits.device)))
     # What a model adds is compared by itself: its logits may be rounded, and its loss large.
     terms, our_terms = float(own.loss) - cross_entropy, float(ours.loss) - our_cross_entropy
+    rounding = 2 * torch.finfo(own.loss.dtype).eps * abs(float(own.loss))
     return _unlike("cross-entropy", cross_entropy, our_cross_entropy, own.logits.dtype) or _unlike(
-        "sum of the loss's other terms", terms, our_terms, own.loss.dtype
+        "sum of the loss's other terms", terms, our_terms, own.loss.dtype, rounding
     )
 
 
-def _unlike(what: str, own: float, ours: float, dtype: torch.dtype) -> str:
-    tolerance = max(1e-4, 8 * torch.finfo(dtype).eps) * max(1.0, abs(own))
+def _unlike(what: str, own: float, ours: float, dtype: torch.dtype, rounding: float = 0.0) -> str:
+    tolerance = max(1e-4, 8 * torch.finfo(dtype).eps) * max(1.0, abs(own)) + rounding
     if abs(own - ours) <= tolerance:
         return ""
     return f"the {what} is {own:.6g}, and MoDE's with the last layer alone is {ours:.6g}"
