@@ -522,6 +522,28 @@ def test_frozen_base_gets_no_gradient_and_keeps_no_graph():
     assert all((p.grad is None) != p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("head", ["full", "tied", "lora"])
+def test_distillation_into_the_adaptation_never_trains_the_head(head):
+    """Gradients of head and embeddings do not change with the weight of the distillation."""
+    base = tiny_model("llama", tie_word_embeddings=head == "tied")
+    found = []
+    for weight in (0.0, 3.0):
+        torch.manual_seed(0)
+        mode = MoDEConfig(**PLAIN, distill_weight=weight, distill_into="adaptation")
+        peft_config = LoraConfig(target_modules=["lm_head", "q_proj"]) if head == "lora" else None
+        model = depthmix.attach(copy.deepcopy(base), mode, peft_config)
+        runtime = runtime_of(model)
+        torch.manual_seed(1)
+        perturb(runtime.mixture())
+        model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    plain, distilled = found
+    moved = {n for n, g in plain.items() if (distilled[n] - g).norm() > 1e-4 * g.norm()}
+    assert moved
+    assert {n for n in moved if "depthmix.norm" not in n and "modules_to_save" not in n} == set()
+    assert any("lm_head" in n or "embed_tokens" in n for n in plain)
+
+
 def test_scale_between_norm_and_head_of_a_model():
     base = tiny_model("llama")
     base.lm_head.register_forward_pre_hook(lambda _m, args: (args[0] * 0.5,))
@@ -539,6 +561,32 @@ def test_loss_of_the_experts_is_added():
     expected = reference.objective(base, Anatomy(None, {}), model.depthmix, labels, input_ids=ids)
     assert output.aux_loss > 0
     assert_close(output.loss, expected / 11 + base.router_aux_loss_coef * output.aux_loss)
+
+
+def test_smallest_gradient_that_survives_in_half_precision():
+    """The loss forms its gradients in the forward, before a GradScaler lifts them.
+
+    The model is sure of the label: every other token has a probability, and its logit a slope, of
+    e^-18 = 1.5e-8. Half precision alone holds nothing below 6e-8.
+    """
+    vocabulary, n = 50, 8
+    weight = torch.zeros(vocabulary, D)
+    weight[0, 0] = 18.0
+    normed, labels = torch.zeros(n, 3, D), torch.zeros(n, dtype=torch.long)
+    normed[..., 0] = 1.0
+
+    def slope(dtype, scale=2.0**16):  # of a GradScaler
+        mode = MoDEConfig(**PLAIN)
+        mixture = DepthMixture(mode, D, {"config": mode.to_dict()})
+        head = weight.to(dtype).requires_grad_()
+        total = training_objective(
+            mixture, normed.to(dtype), labels, LinearHead(head, None), 1.0, LogitTransform(), False
+        ).total
+        return grad(scale * total / n, head)[0][1:, 0].double() / scale
+
+    whole, half = slope(torch.float32), slope(torch.float16)
+    assert_close(whole, torch.full_like(whole, math.exp(-18)), rtol=1e-3, atol=0)
+    assert_close(half, whole, rtol=1e-2, atol=0)
 
 
 def test_statistics_are_means_over_the_tokens_of_all_forwards():
