@@ -8,15 +8,20 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import depthmix
+from depthmix.carry.adapters import with_mode
+from depthmix.carry.card import write_card
+from depthmix.carry.checkpoint import Checkpoint
 from depthmix.errors import CheckpointError
+from depthmix.model.runtime import runtime_of
 from models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -169,3 +174,106 @@ def test_model_left_as_it_was_after_a_failed_load(
     with pytest.raises(CheckpointError):
         depthmix.load(base, saved[0])
     assert torch.equal(base.eval()(IDS).logits, untouched)
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(
+        **({"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | changes)
+    )
+
+
+def moved(model: Any) -> Any:
+    """Move everything that is trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_merged_base_is_another_base(base_folder: Path, tmp_path: Path) -> None:
+    """Same embeddings, other layers: the adapter belongs to the merged model alone."""
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    merged = moved(get_peft_model(copy.deepcopy(base), lora())).merge_and_unload()
+    model = moved(depthmix.attach(copy.deepcopy(merged), depthmix.MoDEConfig(k=2), lora()))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"another base.*other weights in model\.layers"):
+        depthmix.load(base, tmp_path)
+    assert torch.equal(depthmix.load(merged, tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_embeddings_that_the_adapter_carries(
+    base_folder: Path, tmp_path: Path, before: bool
+) -> None:
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    config, peft_config = depthmix.MoDEConfig(k=2), lora(modules_to_save=["embed_tokens"])
+    if before:
+        model = moved(get_peft_model(copy.deepcopy(base), peft_config))
+        model = moved(depthmix.attach(model, config))
+    else:
+        model = moved(depthmix.attach(copy.deepcopy(base), config, peft_config))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(depthmix.load(base, tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("before", [True, False])
+def test_resized_vocabulary(base_folder: Path, tmp_path: Path, before: bool) -> None:
+    """Tokens added to the base and trained with the adapter, before or after `attach`."""
+
+    def grown(model: LlamaForCausalLM) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        model.resize_token_embeddings(101, mean_resizing=False)
+        return model
+
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    peft_config = lora(modules_to_save=["embed_tokens", "lm_head"])
+    config = depthmix.MoDEConfig(k=2)
+    if before:
+        model = depthmix.attach(grown(copy.deepcopy(base)), config)
+    else:
+        model = grown(depthmix.attach(copy.deepcopy(base), config))
+    moved(get_peft_model(model, with_mode(peft_config))).save_pretrained(tmp_path)
+    loaded = depthmix.load(grown(base), tmp_path)
+    ids = torch.tensor([[5, 98, 100]])
+    torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_name_and_revision_of_the_base_are_remembered(base_folder: Path, tmp_path: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    base.config._commit_hash = "0123abc"
+    depthmix.attach(base, depthmix.MoDEConfig(k=2), lora()).save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).spec()["base"]["revision"] == "0123abc"
+    other = LlamaForCausalLM.from_pretrained(base_folder)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    with pytest.raises(CheckpointError, match=rf"{base_folder}, revision 0123abc"):
+        depthmix.load(other, tmp_path)
+
+
+def test_loading_keeps_the_chosen_weight_of_the_distillation(base_folder: Path) -> None:
+    """What is learned comes from the file; how strongly to distil is the run's own choice."""
+    saved, chosen = (
+        depthmix.attach(
+            LlamaForCausalLM.from_pretrained(base_folder),
+            depthmix.MoDEConfig(k=2, distill_weight=weight),
+        )
+        for weight in (0.1, 0.7)
+    )
+    chosen.load_state_dict(moved(saved).state_dict())
+    assert chosen.depthmix.config.distill_weight == 0.7
+    assert torch.equal(chosen.depthmix.router.weight, saved.depthmix.router.weight)
+
+
+def test_second_card_keeps_what_stands_below(base_folder: Path, tmp_path: Path) -> None:
+    model = depthmix.attach(LlamaForCausalLM.from_pretrained(base_folder), depthmix.MoDEConfig(k=2))
+    (tmp_path / "README.md").write_text("# A model\n\nAbove.\n")
+    write_card(tmp_path, runtime_of(model))
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\n## Citation\n\nBelow.\n")
+    write_card(tmp_path, runtime_of(model))
+    text = path.read_text()
+    assert text.count("Mixture-of-Depths Ensemble (MoDE)") == 1
+    assert text.index("Above.") < text.index("| `k` | `2` |") < text.index("## Citation")
+    assert text.rstrip().endswith("Below.")

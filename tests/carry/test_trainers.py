@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import depthmix
@@ -85,25 +87,39 @@ def optimizer_of(model: PeftModel) -> Any:
     return torch.optim.AdamW, {"params": groups, "lr": LEARNING_RATE}
 
 
-def train_hf(model: PeftModel, folder: Path, tokenizer: Any, **changes: Any) -> Trainer:
+def train_hf(
+    model: PeftModel,
+    folder: Path,
+    tokenizer: Any,
+    keywords: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Trainer:
     trainer = Trainer(
         model,
         arguments(TrainingArguments, folder, **changes),
         train_dataset=Dataset.from_list(rows()),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         optimizer_cls_and_kwargs=optimizer_of(model),
+        **(keywords or {}),
     )
     trainer.train()
     return trainer
 
 
-def train_sft(model: PeftModel, folder: Path, tokenizer: Any, **changes: Any) -> SFTTrainer:
+def train_sft(
+    model: PeftModel,
+    folder: Path,
+    tokenizer: Any,
+    keywords: dict[str, Any] | None = None,
+    **changes: Any,
+) -> SFTTrainer:
     trainer = SFTTrainer(
         model,
         arguments(SFTConfig, folder, **changes),
         train_dataset=Dataset.from_list(rows()),
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_of(model),
+        **(keywords or {}),
     )
     trainer.train()
     return trainer
@@ -357,3 +373,175 @@ def test_preference_training_runs_on_the_mixture_without_distillation(
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert "distill_loss" not in trainer.state.log_history[0]
     assert any(p.any() for n, p in trained(model).items() if "router" in n)
+
+
+# --- what a run leaves, and what would be silent
+
+
+def test_run_that_failed_leaves_nothing_for_the_next(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Sums that are no numbers, and a router held in mid-warm-up, are those of one run."""
+    model = attached(base, router_warmup_steps=3)
+    good = trained(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(math.nan)
+    with pytest.raises(TrainingError, match="not a finite number"):
+        train_hf(model, tmp_path / "a", tokenizer)
+    model.load_state_dict(good, strict=False)
+    runtime = runtime_of(model)
+    assert runtime.hold_router  # interrupted in mid-warm-up
+    with torch.no_grad():
+        model(**{name: torch.tensor([rows()[5][name]]) for name in ("input_ids", "labels")})
+    trainer = train_hf(model, tmp_path / "b", tokenizer, max_steps=4)
+    assert all(math.isfinite(entry.get("ce_loss", 0.0)) for entry in trainer.state.log_history)
+    assert not runtime.hold_router
+
+
+def test_first_figures_are_those_of_the_run_alone(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A loop by hand before adds nothing to what the Trainer logs first."""
+    first = [train_hf(attached(base), tmp_path / "a", tokenizer).state.log_history[0]]
+    model = attached(base)
+    batch = {"input_ids": torch.full((1, 9), 5), "labels": torch.full((1, 9), 5)}
+    model.train()(**batch).loss.detach()
+    first.append(train_hf(model, tmp_path / "b", tokenizer).state.log_history[0])
+    assert first[0]["ce_loss"] == pytest.approx(first[1]["ce_loss"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
+@pytest.mark.parametrize("trainer_class", [Trainer, SFTTrainer])
+@pytest.mark.parametrize("weight", [0.1, 0.0])
+def test_loss_of_the_users_own(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, weight: float, trainer_class: Any
+) -> None:
+    """`compute_loss_func` would drop the distillation: refused, unless there is none."""
+    model = attached(base, distill_weight=weight, balance_weight=0.0)
+
+    def own_loss(outputs: Any, labels: Any, **_: Any) -> torch.Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+    settings = TrainingArguments if trainer_class is Trainer else SFTConfig
+    trainer = trainer_class(
+        model,
+        arguments(settings, tmp_path, max_steps=2),
+        train_dataset=Dataset.from_list(rows()),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        processing_class=tokenizer,
+        compute_loss_func=own_loss,
+        optimizer_cls_and_kwargs=optimizer_of(model),
+    )
+    if weight:
+        with pytest.raises(TrainingError, match=r"compute_loss_func.*distill_weight"):
+            trainer.train()
+    else:
+        before = trained(model)
+        trainer.train()
+        assert all(not torch.equal(p, before[n]) for n, p in trained(model).items())
+
+
+@pytest.mark.parametrize("read", ["index", "attribute", "number"])
+def test_logits_that_were_not_made_say_so(base: LlamaForCausalLM, read: str) -> None:
+    ids = torch.tensor([rows()[5]["input_ids"]])
+    logits = attached(base).train()(input_ids=ids, labels=ids).logits
+    with pytest.raises(TrainingError, match=r"makes no logits.*take `labels` out"):
+        {
+            "index": lambda: logits[..., :-1, :],
+            "attribute": lambda: logits.shape,
+            "number": lambda: logits * 2,
+        }[read]()
+
+
+def test_rows_without_a_supervised_token_are_told_of(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, caplog: Any
+) -> None:
+    model = attached(base)
+    masked = [{**row, "labels": [IGNORED] * len(row["labels"])} for row in rows(8)]
+    trainer = Trainer(
+        model,
+        arguments(TrainingArguments, tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(masked),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+    logging.enable_propagation()
+    try:
+        trainer.train()
+    finally:
+        logging.disable_propagation()
+    assert "no token was supervised" in caplog.text
+    assert not any(
+        "ce_loss" in entry or "router_entropy" in entry for entry in trainer.state.log_history
+    )
+
+
+def test_warm_up_in_a_loop_of_ones_own_says_that_it_does_not_count(
+    base: LlamaForCausalLM, caplog: Any
+) -> None:
+    logging.enable_propagation()
+    try:
+        train_by_hand(attached(base, router_warmup_steps=2), steps=1)
+    finally:
+        logging.disable_propagation()
+    assert "router_warmup_steps: only a Trainer counts steps" in caplog.text
+
+
+def test_router_held_by_hand_stands_still(base: LlamaForCausalLM) -> None:
+    model = attached(base)
+    runtime = runtime_of(model)
+    runtime.hold_router = True
+    before = trained(model)
+    train_by_hand(model, steps=1)
+    moved = {n for n, p in trained(model).items() if not torch.equal(p, before[n])}
+    assert any("depthmix" in name for name in moved)
+    assert not any(".router." in name for name in moved)
+
+
+@pytest.mark.parametrize("train", [train_hf, train_sft])
+def test_evaluation_logs_the_distillation(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, train: Any
+) -> None:
+    """`eval_loss` is the cross-entropy; what training adds to it is logged beside it.
+
+    Before the first step, on the rows of that step: the figures must be those of the step.
+    """
+    trainer = train(
+        attached(base),
+        tmp_path,
+        tokenizer,
+        {"eval_dataset": Dataset.from_list(rows())},
+        **{"max_steps": 1, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16},
+        **{"eval_strategy": "steps", "eval_steps": 9, "eval_on_start": True},
+    )
+    entry, whole = trainer.state.log_history[:2]
+    assert entry["eval_loss"] == pytest.approx(whole["ce_loss"], abs=1e-4)
+    assert entry["eval_distill_loss"] == pytest.approx(whole["distill_loss"], abs=1e-4)
+    assert entry["eval_router_entropy"] == pytest.approx(whole["router_entropy"], abs=1e-4)
+    assert "eval_ce_loss" not in entry
+
+
+@pytest.mark.parametrize("train", [train_hf, train_sft])
+def test_evaluation_changes_nothing_of_the_training(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, train: Any
+) -> None:
+    alone, watched = attached(base), attached(base)
+    train(alone, tmp_path / "a", tokenizer)
+    held_out = {"eval_dataset": Dataset.from_list(rows())}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1}
+    train(watched, tmp_path / "b", tokenizer, held_out, **evaluation)
+    assert_same(alone, watched, tolerance=0.0)
+
+
+def test_evaluation_draws_no_random_number(base: LlamaForCausalLM) -> None:
+    model = attached(base, distill_fraction=0.25)
+    runtime = runtime_of(model)
+    runtime.trainer = "plain"
+    ids, before = torch.tensor([rows()[5]["input_ids"]]), torch.get_rng_state()
+    model.eval()(input_ids=ids, labels=ids)
+    sums = runtime.evaluation.take()
+    assert sums is not None
+    assert sums[0] == -(-(ids.numel() - 1) // 4)  # every fourth token
+    assert torch.equal(torch.get_rng_state(), before)

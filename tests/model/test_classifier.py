@@ -14,7 +14,7 @@ import reference
 from depthmix.carry.adapters import mode_only_config
 from depthmix.errors import DiscoveryError, TrainingError
 from depthmix.model.classifier import distillation
-from models import attached, choose_last_layer, token_ids
+from models import PLAIN, attached, choose_last_layer, perturb, token_ids
 from task_models import CLASSES, CLASSIFIERS, build
 
 K = 3
@@ -95,6 +95,58 @@ def test_distillation_into_the_adaptation_leaves_the_trunk_alone():
         gradients.append(model.bert.encoder.layer[0].attention.self.query.weight.grad.norm())
         assert model.depthmix.norm.scale.grad.norm() > 0
     assert gradients[0] < 1e-5 < gradients[1]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_distillation_into_the_adaptation_never_trains_the_head(name):
+    base, found = build(CLASSIFIERS[name]), []
+    for weight in (0.5, 3.0):
+        model = attached(base, perturbed=False, k=K, distill_weight=weight).train()
+        torch.manual_seed(0)
+        perturb(model.depthmix)
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    moved = {n for n, g in found[0].items() if (found[1][n] - g).norm() > 1e-4 * g.norm()}
+    assert moved
+    assert {n for n in moved if not n.startswith("depthmix.norm")} == set()
+    assert any(n.startswith(CLASSIFIERS[name].head) for n in found[0])
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_full_fine_tuning_in_bf16(name, tmp_path):
+    """The Trainer wraps the forward in autocast; the further loss is computed outside of it."""
+    rows = [
+        {"input_ids": IDS[i].tolist(), "attention_mask": [1] * IDS.shape[1], "labels": i % 3}
+        for i in (0, 1)
+    ]
+    losses = []
+    for bf16 in (True, False):
+        model = attached(build(CLASSIFIERS[name]), perturbed=False, k=K, distill_weight=1.0)
+        options = {"max_steps": 2, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
+        arguments = TrainingArguments(
+            str(tmp_path), bf16=bf16, use_cpu=True, disable_tqdm=True, **options
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert trainer.state.log_history[0]["distill_loss"] > 0
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_lora_on_the_head_that_gets_stacked_states(rows):
+    """PEFT wraps the head: the mixture is made once, in front of the wrapper, for every row."""
+    base = build(CLASSIFIERS["roberta"])
+    model = attached(base)
+    expected = model(input_ids=IDS[:rows]).logits
+    state = copy.deepcopy(model.depthmix)
+    tuned = depthmix.attach(
+        base, depthmix.MoDEConfig(**PLAIN), LoraConfig(target_modules="all-linear")
+    )
+    tuned.get_base_model().depthmix.modules_to_save["default"].load_state_dict(state.state_dict())
+    found = tuned.eval()(input_ids=IDS[:rows]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert "lora" in str(type(base.classifier.out_proj)).lower()
 
 
 def test_several_classes_a_row():

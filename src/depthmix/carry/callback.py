@@ -52,6 +52,7 @@ class RoutingCallback(TrainerCallback):
         if runtime is None:
             return
         runtime.statistics.clear()
+        runtime.evaluation.clear()
         runtime.hold_router = False
         runtime.trainer = _kind(args)
         if shares_rate(kwargs["model"], kwargs["optimizer"].param_groups):
@@ -104,15 +105,21 @@ class RoutingCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the means since the last log, over all processes."""
+        """Add the means since the last log, over all processes; of an evaluation, its own."""
         runtime = _runtime(kwargs["model"])
-        if runtime is None or logs is None or "loss" not in logs:
+        losses = [name for name in logs or () if name == "loss" or name.endswith("_loss")]
+        if runtime is None or logs is None or not losses:
             return
-        sums = runtime.statistics.take()
+        training = "loss" in logs
+        statistics = runtime.figures(training)
+        sums = statistics.take()
         if sums is not None:
-            figures = runtime.statistics.summarize(reduce(sums, reduction="sum"))
+            figures = statistics.summarize(reduce(sums, reduction="sum"))
             if not figures:
                 logger.warning("no token was supervised since the last log: look at the labels")
+            if not training:  # whose cross-entropy is `eval_loss` itself
+                prefix = losses[0].removesuffix("loss")
+                figures = {prefix + n: v for n, v in figures.items() if n != "ce_loss"}
             logs.update(figures)
             state.log_history[-1].update(figures)
 
@@ -148,7 +155,7 @@ def watch_trainers() -> None:
 def _require_loss(runtime: Runtime, config: MoDEConfig) -> None:
     """Refuse to go on where the first step has not asked the model for its loss."""
     further = config.distill_weight > 0 or config.balance_weight > 0
-    if runtime.trainer == "plain" and runtime.statistics.forwards == 0 and further:
+    if runtime.trainer != "other" and runtime.statistics.forwards == 0 and further:
         raise TrainingError(
             "the trainer computes a loss of its own (compute_loss_func, or compute_loss without "
             "labels), so that MoDE's distillation is left out: leave the loss to the model, or set "

@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 SAMPLES = 64  # numbers of each weight
-SAMPLED_ROWS = 256  # the first rows of it: a vocabulary may grow behind them
+SAMPLED_ROWS = 64  # the first rows of it: a vocabulary may grow behind them
 # Two roundings to bf16 apart: the same base in another dtype is the same base.
 TOLERANCE = 2**-7
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -93,6 +93,7 @@ def ensemble_loss(
         distill_weight,
         divergence,
         distil_head,
+        torch.is_grad_enabled(),
         *head.tensors,
     )
     return EnsembleLoss(total, cross_entropy, distances, entropy, correct.bool())
@@ -113,6 +114,7 @@ class _EnsembleLoss(torch.autograd.Function):
         distill_weight: float,
         divergence: Divergence,
         distil_head: bool,
+        with_gradients: bool,
         *head_tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         # fp16 would lose what is small before a GradScaler lifts it: see `_scale` in head.py.
@@ -134,6 +136,8 @@ class _EnsembleLoss(torch.autograd.Function):
                     raw, gate[rows], labels[rows], transform, distill_weight, divergence
                 )
                 values[:, rows] = loss.values
+                if not with_gradients:
+                    continue
                 d_gate[rows] = loss.d_gate
                 d_states[rows], d_late = head.pull_back(
                     chunk, gate[rows], output, loss.gradients, d_head, d_head_late
@@ -158,7 +162,7 @@ class _EnsembleLoss(torch.autograd.Function):
             None if saved is None else (saved * d_total).to(saved.dtype)
             for saved in (d_gate, *d_head)
         )
-        return (d_states, d_late_states, d_gate, *[None] * 6, *d_head)
+        return (d_states, d_late_states, d_gate, *[None] * 7, *d_head)
 
 
 @dataclass(frozen=True)

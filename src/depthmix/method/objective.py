@@ -95,11 +95,14 @@ class _Tokens:
 def _loss(
     config: MoDEConfig, tokens: _Tokens, head: HeadProjection, transform: LogitTransform
 ) -> EnsembleLoss:
-    """Distil on a random fraction of the tokens; the others need their mixture projected alone."""
+    """Distil on a random fraction of the tokens; the others need their mixture projected alone.
+
+    Without gradients on all of them: an evaluation draws no random number.
+    """
     count = len(tokens.labels)
     if config.distill_weight == 0:
         return _mixture_loss(tokens, head, transform)
-    if config.distill_fraction == 1.0:
+    if config.distill_fraction == 1.0 or not torch.is_grad_enabled():
         return _layers_loss(config, tokens, config.distill_weight, head, transform)
     order = torch.randperm(count, device=tokens.labels.device)
     sampled = min(count, max(1, round(config.distill_fraction * count)))

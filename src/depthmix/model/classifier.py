@@ -34,9 +34,12 @@ class ClassifierTask:
         self.runtime = runtime
 
     def begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """See whether this is a training forward with labels."""
-        if forward.host.training and kwargs.get("labels") is not None:
+        """See whether there are labels, in training or in an evaluation within a Trainer."""
+        if kwargs.get("labels") is None:
+            return kwargs
+        if forward.host.training:
             require_trainable(forward.host, forward.mixture)
+        if forward.host.training or self.runtime.trainer is not None:
             forward.task = _Seen()
         return kwargs
 
@@ -45,7 +48,7 @@ class ClassifierTask:
         return states
 
     def receive(self, forward: Forward, normed: Float[Tensor, "*b k d"]) -> Float[Tensor, "*b d"]:
-        """Return the mixture; in training keep the states for the distillation."""
+        """Return the mixture, and keep the states for the distillation."""
         if forward.task is not None:
             forward.task.normed = normed
             forward.note_autocast(normed.device.type)
@@ -58,7 +61,7 @@ class ClassifierTask:
             forward.task.head, forward.task.scores = head, scores.detach()
 
     def finish(self, forward: Forward, output: Any) -> Any:
-        """Add distillation and balance to the loss of a training forward."""
+        """Add distillation and balance to the loss of a training forward, and measure them."""
         seen: _Seen | None = forward.task
         if seen is None:
             return None
@@ -69,7 +72,10 @@ class ClassifierTask:
             record_function(LOSS_LABEL),
             torch.autocast(device_type, dtype=dtype, enabled=dtype is not None),
         ):
-            loss = loss + self._further_loss(forward, seen, seen.picked(scores), loss.detach())
+            further = self._further_loss(forward, seen, seen.picked(scores), loss.detach())
+        if not forward.host.training:
+            return None
+        loss = loss + further
         if isinstance(output, ModelOutput):
             return type(output)(**{**output, "loss": loss})
         return (loss, *output[1:])
@@ -92,7 +98,9 @@ class ClassifierTask:
         elif config.distill_weight > 0:
             divergence = _by_states_alone(divergence_of, mixture.adapt(normed.detach())[0])
         balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
-        self.runtime.statistics.add(gate.detach(), loss.expand(len(gate)), divergence.detach())
+        self.runtime.figures(forward.host.training).add(
+            gate.detach(), loss.expand(len(gate)), divergence.detach()
+        )
         return (config.distill_weight * divergence + config.balance_weight * balance).mean()
 
 

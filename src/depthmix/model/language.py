@@ -2,7 +2,8 @@
 
 begin            in training with labels: take them, so that no logits are made
 select, receive  inference: return the mixture; training: keep the supervised tokens
-finish           training: compute the loss and put it into the output
+finish           training: compute the loss and put it into the output; evaluation within a
+                 Trainer: measure the loss of some tokens, for its logs
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ class FusedLossOutput(ModelOutput):
 
 @dataclass(eq=False)
 class _Supervision:
-    """The supervised tokens of one training forward."""
+    """The supervised tokens of one forward."""
 
     targets: Int[Tensor, "b t"]  # the token each position predicts, or IGNORED
     positions: Int[Tensor, " n"]  # of the supervised ones, in the flattened batch
-    token_count: Tensor | int | None  # `num_items_in_batch`
-    fused: bool  # called by TRL with `fused_lm_head=True`
-    shifted_by_caller: bool
-    asks_terms: bool  # whether the model's own loss is asked for its other terms
+    training: bool
+    token_count: Tensor | int | None = None  # `num_items_in_batch`
+    fused: bool = False  # called by TRL with `fused_lm_head=True`
+    shifted_by_caller: bool = False
+    asks_terms: bool = False  # whether the model's own loss is asked for its other terms
     normed: Float[Tensor, "n k d"] | None = None
 
 
@@ -85,6 +87,7 @@ class LanguageTask:
         theirs = fused and runtime.trainer not in (None, "sft")
         if not host.training or theirs or (labels is None and shifted is None):
             forward.keep = self._kept(kwargs)
+            forward.task = self._evaluated(forward, labels, shifted)
             return kwargs
         self._check(forward, kwargs, fused)
         if labels is not None and host.config.is_encoder_decoder:
@@ -93,7 +96,9 @@ class LanguageTask:
         positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         count = kwargs.get("num_items_in_batch")
         asks = runtime.anatomy.other_terms == "asked" and not fused
-        forward.task = _Supervision(targets, positions, count, fused, shifted is not None, asks)
+        forward.task = _Supervision(
+            targets, positions, True, count, fused, shifted is not None, asks
+        )
         taken = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
         kwargs = {name: value for name, value in kwargs.items() if name not in taken}
         if self._takes_kept:
@@ -119,6 +124,23 @@ class LanguageTask:
                 "`depthmix.model.runtime.runtime_of(model).hold_router` while it should stand still"
             )
 
+    def _evaluated(
+        self, forward: Forward, labels: Tensor | None, shifted: Tensor | None
+    ) -> _Supervision | None:
+        """Return the tokens whose distillation an evaluation within a Trainer is to log."""
+        if (
+            (labels is None and shifted is None)
+            or self.runtime.trainer not in ("plain", "sft")
+            or forward.host.training
+            or forward.keep is not None
+        ):
+            return None
+        targets = self._targets(labels, shifted)
+        positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        # As many as in training, evenly: nothing random, which would change the training after it.
+        every = round(1 / forward.mixture.config.distill_fraction)
+        return _Supervision(targets, positions[::every], training=False)
+
     def _kept(self, kwargs: dict[str, Any]) -> slice | Tensor | None:
         """Return the positions that are to be mixed, None for all."""
         keep = kwargs.get("logits_to_keep", 0)
@@ -138,33 +160,40 @@ class LanguageTask:
 
     def select(self, forward: Forward, states: Tensor) -> Tensor:
         """Return the supervised tokens alone in training, (n, ...); the rest needs no mixture."""
-        if forward.task is None:
+        if forward.task is None or not forward.task.training:
             return states
-        positions = forward.task.positions.to(states.device)
-        return states.flatten(0, 1).index_select(0, positions)
+        return _rows(states, forward.task.positions)
 
     def receive(
         self, forward: Forward, normed: Float[Tensor, "*b k d"]
     ) -> Float[Tensor, "*b d"] | None:
-        """Keep the states of the supervised tokens, or return the mixture of all."""
-        if forward.task is None:
+        """Keep the states of the supervised tokens; return the mixture of all outside training."""
+        task: _Supervision | None = forward.task
+        if task is None:
             return self.runtime.mix(forward, normed)
-        forward.task.normed = normed
         forward.note_autocast(normed.device.type)
-        return None
+        task.normed = normed if task.training else _rows(normed, task.positions)
+        return None if task.training else self.runtime.mix(forward, normed)
 
     def on_scores(self, _head: nn.Module, _args: Any, _scores: Tensor) -> None:
         """Nothing: the loss projects what it needs itself."""
 
     def finish(self, forward: Forward, output: Any) -> Any:
-        """Set the loss of a training forward."""
+        """Set the loss of a training forward; measure that of an evaluation."""
         supervision: _Supervision | None = forward.task
         if supervision is None:
             return None
-        with record_function(LOSS_LABEL):
+        training = supervision.training
+        with (
+            record_function(LOSS_LABEL),
+            torch.set_grad_enabled(training and torch.is_grad_enabled()),
+        ):
             objective = self._objective(forward, supervision)
-        parts = objective.loss
-        self.runtime.statistics.add(objective.gate, parts.cross_entropy, parts.divergence)
+        self.runtime.figures(training).add(
+            objective.gate, objective.loss.cross_entropy, objective.loss.divergence
+        )
+        if not training:
+            return None
         if supervision.fused:
             return _fused_output(objective, supervision, output)
         return _with_loss(forward, objective, supervision, output)
@@ -209,6 +238,11 @@ def _with_loss(
     if supervision.asks_terms:
         loss = loss + output["loss"].to(loss.device)
     return type(output)(**{**output, "loss": loss, "logits": logits})
+
+
+def _rows(states: Tensor, positions: Int[Tensor, " n"]) -> Tensor:
+    """Return those tokens of a batch (b, t, ...), as (n, ...)."""
+    return states.flatten(0, 1).index_select(0, positions.to(states.device))
 
 
 def _shift(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:

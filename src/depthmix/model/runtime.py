@@ -30,7 +30,7 @@ from depthmix.model.classifier import ClassifierTask
 from depthmix.model.forward import Forward
 from depthmix.model.language import LanguageTask
 from depthmix.model.paths import NormPath, Path, StackedPath, without_stack
-from depthmix.model.statistics import TrainingStatistics
+from depthmix.model.statistics import Statistics
 
 RUNTIME_NAME = "depthmix_runtime"  # attribute of the model that carries MoDE
 
@@ -76,7 +76,8 @@ class Runtime:
         self.anatomy = anatomy
         self.active = ActiveMixture()
         self.records: list[list[Tensor]] = []
-        self.statistics = TrainingStatistics(anatomy.layer_indices)
+        self.statistics = Statistics(anatomy.layer_indices)
+        self.evaluation = Statistics(anatomy.layer_indices)
         self.hold_router = False
         self.trainer: TrainerKind | None = None
         self.traced: Forward | None = None  # the current forward while it is being compiled
@@ -121,6 +122,10 @@ class Runtime:
     def mixture(self, host: nn.Module | None = None) -> DepthMixture | None:
         """Return the mixture that is active in the model (or a replica of it), if there is one."""
         return self.active(host or self.host)
+
+    def figures(self, training: bool) -> Statistics:
+        """Return where the figures of a forward are added up."""
+        return self.statistics if training else self.evaluation
 
     def current(self) -> Forward | None:
         """Return the forward that is running in this context."""

@@ -1,4 +1,4 @@
-"""Running means of what MoDE did in training, for the trainer's logs."""
+"""Running means of what MoDE did in training or evaluation, for the trainer's logs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class TrainingStatistics:
+class Statistics:
     """Sums over supervised tokens (rows, of a classifier) since the last `take`.
 
     They are tensors on the model's device: adding never waits for the device.
@@ -17,7 +17,7 @@ class TrainingStatistics:
         self._layers = layers
         # A device each: the replicas of DataParallel add from threads of their own.
         self._sums: dict[torch.device, Tensor] = {}
-        self.forwards = 0
+        self.forwards = 0  # those with a graph
 
     def clear(self) -> None:
         """Forget everything: a run begins."""
@@ -30,7 +30,7 @@ class TrainingStatistics:
         divergence: Float[Tensor, " n"],
     ) -> None:
         """Add the tokens of one forward."""
-        self.forwards += 1
+        self.forwards += torch.is_grad_enabled()
         parts = [
             torch.full_like(gate[:, 0], 1.0),
             cross_entropy,
