@@ -250,3 +250,11 @@ def test_two_models_in_one_another():
         )
         assert torch.equal(outer(input_ids=IDS).logits, expected[0])
     assert torch.equal(found[0], expected[1])
+
+
+def test_record_of_nothing_says_so():
+    model, _ = causal()
+    with depthmix.routing(model) as record:
+        pass
+    with pytest.raises(DepthmixError, match="run the model within the block"):
+        record.mean()

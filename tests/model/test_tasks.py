@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 import depthmix
 import reference
 from depthmix.errors import DiscoveryError
-from models import attached, choose_last_layer, token_ids
+from models import PLAIN, attached, choose_last_layer, token_ids
 from task_models import MASKED, SEQ2SEQ, build
 
 K = 3
@@ -174,3 +174,24 @@ def test_shared_layers_are_refused():
     )
     with pytest.raises(DiscoveryError, match="called more than once"):
         depthmix.attach(AlbertForMaskedLM(albert))
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_lora_on_the_head_leaves_one_row_a_row(name, rows):
+    base = build(MASKED[name])
+    model = attached(base)
+    expected = model(input_ids=IDS[:rows]).logits
+    head = MASKED[name].head.rpartition(".")[2]
+    tuned = depthmix.attach(
+        base, depthmix.MoDEConfig(**PLAIN), LoraConfig(target_modules=[head], r=2)
+    )
+    mixture = tuned.get_base_model().depthmix.modules_to_save["default"]
+    mixture.load_state_dict(model.depthmix.state_dict())
+    found = tuned.eval()(input_ids=IDS[:rows]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    loss = tuned.train()(input_ids=IDS[:rows], labels=IDS[:rows]).loss
+    loss.backward()
+    lora = [p for n, p in tuned.named_parameters() if "lora_B" in n]
+    assert lora
+    assert all(p.grad.abs().max() > 0 for p in lora)
