@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from transformers import GenerationConfig
 
 import depthmix
 from depthmix.errors import DepthmixError
@@ -180,7 +181,13 @@ def test_model_is_copied_averaged_and_pickled_after_a_training_forward(build_mod
     assert torch.equal(AveragedModel(model)(input_ids=IDS).logits, expected)
 
 
-@pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 3, 8])])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        *(1, 4, torch.tensor([0, 3, 8]), torch.tensor([0, 3, 8], dtype=torch.int32)),
+        *(torch.tensor([-1, 2]), torch.arange(9) % 2 == 0),
+    ],
+)
 def test_kept_positions_alone_are_mixed(monkeypatch, keep):
     model, _ = causal("gemma2")
     with torch.no_grad():
@@ -212,6 +219,20 @@ def test_prefill_of_generate_mixes_one_position(monkeypatch):
     found = model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert torch.equal(found, expected)
     assert shapes == [1, 1, 1]
+
+
+def test_continuous_batching_of_transformers():
+    """It asks for the logits of one position of each of several packed prompts."""
+    model, _ = causal()
+    prompts = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+    expected = [
+        model.generate(torch.tensor([p]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        for p in prompts
+    ]
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    made = model.generate_batch(prompts, generation_config=options, progress_bar=False)
+    found = [list(reply.generated_tokens) for reply in made.values()]
+    assert found == [reply[0, -4:].tolist() for reply in expected]
 
 
 def test_hidden_states_are_whole_where_few_logits_are_kept():

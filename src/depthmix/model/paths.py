@@ -170,5 +170,7 @@ def without_stack(forward: Forward, output: Any) -> Any:
 def _put(whole: Tensor, keep: slice | Tensor, mixed: Tensor) -> Tensor:
     """Return what the norm gave, with the mixture at the positions that are kept."""
     if isinstance(keep, Tensor):
-        return whole.index_copy(1, keep, mixed)
+        # Of any integer type, negative or a mask: what a model indexes its states with.
+        positions = torch.arange(whole.shape[1], device=whole.device)[keep]
+        return whole.index_copy(1, positions, mixed)
     return torch.cat([whole[:, : -mixed.shape[1]], mixed], dim=1)
