@@ -67,7 +67,8 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     staging = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(staging, ignore_errors=True)
     weights = {n: t for n, t in host.state_dict().items() if n != f"{MODULE_NAME}.spec"}
-    host.save_pretrained(staging, state_dict=weights)
+    # By the names they have in memory: those on the hub belong to the class of the base.
+    host.save_pretrained(staging, state_dict=weights, save_original_format=False)
     code = _TEMPLATE.read_text("utf-8").format(
         base=base.__name__, module=base.__module__, version=depthmix.__version__
     )
