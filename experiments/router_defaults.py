@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import depthmix
 from depthmix.analysis.layers import collate, encode, score_rows
-from depthmix.carry.adapters import late_layers, mode_only_config
+from depthmix.carry.adapters import mode_only_config
+from depthmix.carry.depth import restricted
+from depthmix.model.discovery import discover
 from depthmix.model.runtime import runtime_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -209,7 +211,7 @@ def build(setting: Run, model: Any) -> Any:
         return depthmix.attach(model, config, mode_only_config())
     peft_config: PeftConfig = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     if setting.late_only:
-        peft_config = late_layers(peft_config, model, 3)
+        peft_config = restricted(peft_config, discover(model, depthmix.MoDEConfig(k=3)), 3)
     if config is None:
         return get_peft_model(model, peft_config)
     return depthmix.attach(model, config, peft_config)

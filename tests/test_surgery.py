@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from peft.utils import get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig
@@ -138,7 +140,7 @@ def test_late_layers_alone_are_trained(base: LlamaForCausalLM, peft_config: Any)
 def test_biases_of_all_layers_are_no_late_layers():
     base = tiny_model("qwen2")
     before = shape_of(base)
-    with pytest.raises(ConfigError, match=r"late_layers_only: model\.layers\.0.*bias"):
+    with pytest.raises(ConfigError, match=r"tuned_layers: model\.layers\.0.*bias"):
         depthmix.attach(base, CONFIG, lora(bias="all"), late_layers_only=True)
     assert shape_of(base) == before
 
@@ -148,7 +150,7 @@ def test_experts_of_all_layers_are_no_late_layers():
     base = randomise(AutoModelForCausalLM.from_config(MixtralConfig(**(GROUPED | experts))))
     peft_config = lora(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
     before = shape_of(base)
-    with pytest.raises(ConfigError, match=r"late_layers_only: model\.layers\.0"):
+    with pytest.raises(ConfigError, match=r"tuned_layers: model\.layers\.0"):
         depthmix.attach(base, CONFIG, peft_config, late_layers_only=True)
     assert shape_of(base) == before
 
@@ -247,3 +249,46 @@ def test_describing_configuration_is_copied_with_its_own_values(base: LlamaForCa
         config = twin["default"] if isinstance(twin, dict) else twin
         config.r = 99
         assert config.to_dict()["r"] == 99
+
+
+@pytest.mark.parametrize(
+    ("tuned", "layers"),
+    [(1, {3}), (3, {1, 2, 3}), (0.5, {2, 3}), ("half", {2, 3}), ("all", {0, 1, 2, 3}), (0.01, {3})],
+)
+@pytest.mark.parametrize("k", [1, 2])
+def test_tuned_layers_are_apart_from_k(
+    base: LlamaForCausalLM, k: int, tuned: Any, layers: set[int]
+):
+    mode = MoDEConfig(k=k, **PLAIN)
+    model = depthmix.attach(base, mode, lora(), tuned_layers=tuned)
+    assert trained_layers(model) == layers
+    with_graph: list[bool] = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda _m, _a, out: with_graph.append(out.requires_grad))
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert with_graph == [i >= min(layers) for i in range(4)]
+
+
+@pytest.mark.parametrize("tuned", [0, 5, -1, 0.0, 1.5, True, "most", math.nan])
+def test_senseless_tuned_layers_are_refused(base: LlamaForCausalLM, tuned: Any):
+    before = shape_of(base)
+    with pytest.raises(ConfigError, match="a number from 1 to 4, a share"):
+        depthmix.attach(base, CONFIG, lora(), tuned_layers=tuned)
+    assert shape_of(base) == before
+
+
+def test_two_ways_to_say_how_deep_are_refused(base: LlamaForCausalLM):
+    with pytest.raises(ConfigError, match="give one of them"):
+        depthmix.attach(base, CONFIG, lora(), late_layers_only=True, tuned_layers=3)
+    with pytest.raises(ConfigError, match="needs a peft_config"):
+        depthmix.attach(base, CONFIG, tuned_layers=3)
+
+
+def test_one_layer_saves_what_peft_saves(base: LlamaForCausalLM, tmp_path: Path):
+    """With k = 1 the loss is the fused one, and nothing else is different."""
+    model = depthmix.attach(copy.deepcopy(base), MoDEConfig(k=1), lora())
+    model.save_pretrained(tmp_path)
+    plain = get_peft_model(copy.deepcopy(base), lora())
+    assert "depthmix" not in (tmp_path / "adapter_config.json").read_text()
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(plain).keys()
+    assert not any("depthmix" in name for name in model.state_dict())

@@ -22,14 +22,13 @@ from depthmix.carry.adapters import (
     carry,
     describe_in,
     description,
-    late_layers,
     read_peft_config,
-    require_late_layers_only,
     with_mode,
     without_mode,
 )
 from depthmix.carry.callback import watch_trainers
 from depthmix.carry.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from depthmix.carry.depth import TunedLayers, count_of, require_restricted, restricted
 from depthmix.carry.hotswap import refuse_hotswap
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError, DepthmixError
@@ -49,6 +48,7 @@ def attach(
     config: MoDEConfig | None = None,
     peft_config: PeftConfig | None = None,
     late_layers_only: bool = False,
+    tuned_layers: TunedLayers | None = None,
 ) -> Any:
     """Make `model` predict with an ensemble of its late layers, in place.
 
@@ -63,8 +63,10 @@ def attach(
         config: the configuration; the default one if None.
         peft_config: a tuning method to wrap the model in as well; a copy of it is used. To have
             MoDE alone, saved as a small adapter, pass `depthmix.adapters.mode_only_config()`.
-        late_layers_only: put the tuning method on the k late layers only. No gradient reaches
-            below them, so that no activations are kept there and no backward pass runs.
+        late_layers_only: short for `tuned_layers=k`.
+        tuned_layers: how many of the last layers carry the tuning method: a number, a share (0.5),
+            "half" or "all". No gradient reaches below them, so that no activations are kept there
+            and no backward pass runs. Apart from k: how many layers predict.
 
     Returns:
         `model`, or the PeftModel around it if `peft_config` is given.
@@ -72,29 +74,29 @@ def attach(
     Raises:
         DepthmixError: MoDE is attached already, or transformers' own adapters are.
         DiscoveryError: the parts of the model were not found, or MoDE's loss would not be its own.
-        ConfigError: the tuning method cannot carry MoDE, or not on the late layers alone.
+        ConfigError: the tuning method cannot carry MoDE, or not on the last layers alone.
     """
     config = config or MoDEConfig()
     host = host_of(model)
-    _refuse(model, peft_config, late_layers_only)
+    _refuse(model, peft_config, late_layers_only, tuned_layers)
     anatomy = discover(host, config)
+    carried = config.k > 1  # otherwise there is nothing to save
     if peft_config is not None:
-        peft_config = with_mode(copy.deepcopy(peft_config))
-        if late_layers_only:
-            peft_config = late_layers(peft_config, host, config.k)
+        peft_config = copy.deepcopy(peft_config)
+        if carried:
+            with_mode(peft_config)
     with _undone_on_failure(host):
         _install(host, config, anatomy)
         if peft_config is not None:
-            model = get_peft_model(host, peft_config)
-            if late_layers_only:
-                require_late_layers_only(host, anatomy)
-        elif isinstance(model, PeftModel):
+            tuned = config.k if late_layers_only else tuned_layers
+            model = _tuned(host, peft_config, anatomy, tuned)
+        elif carried and isinstance(model, PeftModel):
             carry(model)
     watch_trainers()
-    refuse_hotswap()
-    if isinstance(model, PeftModel):
-        for carried in model.peft_config.values():
-            describe_in(carried, description(config))
+    if carried and isinstance(model, PeftModel):
+        refuse_hotswap()
+        for adapter in model.peft_config.values():
+            describe_in(adapter, description(config))
     return model
 
 
@@ -149,7 +151,12 @@ def load(base_model: nn.Module, folder: str | Path, is_trainable: bool = False) 
         return _load_whole(base_model, saved, is_trainable)
 
 
-def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: bool) -> None:
+def _refuse(
+    model: nn.Module,
+    peft_config: PeftConfig | None,
+    late_layers_only: bool,
+    tuned_layers: TunedLayers | None,
+) -> None:
     """Raise for arguments of `attach` that do not go together."""
     host = host_of(model)
     if RUNTIME_NAME in vars(host):
@@ -158,8 +165,10 @@ def _refuse(model: nn.Module, peft_config: PeftConfig | None, late_layers_only: 
         raise DepthmixError(ADAPTERS_OF_TRANSFORMERS)
     if peft_config is not None and isinstance(model, PeftModel):
         raise DepthmixError("the model is a PeftModel already: leave peft_config out")
-    if peft_config is None and late_layers_only:
-        raise ConfigError("late_layers_only needs a peft_config to restrict")
+    if late_layers_only and tuned_layers is not None:
+        raise ConfigError("late_layers_only is short for tuned_layers=k: give one of them")
+    if peft_config is None and (late_layers_only or tuned_layers is not None):
+        raise ConfigError("tuned_layers (or late_layers_only) needs a peft_config to restrict")
 
 
 @contextmanager
@@ -191,8 +200,20 @@ def _install(host: PreTrainedModel, config: MoDEConfig, anatomy: Anatomy) -> Non
     host.depthmix = mixture.to(next(last_layer.parameters()).device)
     vars(host)[RUNTIME_NAME] = runtime = Runtime(host, anatomy)
     host.add_model_tags(MODEL_TAGS)
-    if config.k > 1 and not is_classifier(host):
+    if not is_classifier(host):
         settle_other_terms(runtime)
+
+
+def _tuned(
+    host: PreTrainedModel, config: PeftConfig, anatomy: Anatomy, tuned_layers: TunedLayers | None
+) -> PeftModel:
+    """Put a tuning method on a model, or on its last layers alone."""
+    if tuned_layers is None:
+        return get_peft_model(host, config)
+    count = count_of(tuned_layers, anatomy.layer_count)
+    model = get_peft_model(host, restricted(config, anatomy, count))
+    require_restricted(host, anatomy, count)
+    return model
 
 
 def _load_adapter(

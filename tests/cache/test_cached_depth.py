@@ -10,9 +10,11 @@ from trl import SFTConfig
 import depthmix
 from depthmix.cache.depth import cached_depth, row_digests
 from depthmix.cache.store import StateStore
-from depthmix.carry.adapters import late_layers, mode_only_config
+from depthmix.carry.adapters import mode_only_config
+from depthmix.carry.depth import restricted
 from depthmix.cli import main
 from depthmix.errors import ConfigError
+from depthmix.model.discovery import discover
 from models import PLAIN, TYPES, tiny_model, token_ids
 
 CONFIG = depthmix.MoDEConfig(k=2, **PLAIN)
@@ -143,7 +145,7 @@ def test_evaluation_runs_the_layers(tmp_path):
 def test_gradient_checkpointing_of_late_lora(reentrant, tmp_path):
     base = tiny_model("llama")
     torch.manual_seed(1)
-    plain = get_peft_model(copy.deepcopy(base), late_layers(lora(), base, 2))
+    plain = get_peft_model(copy.deepcopy(base), restricted(lora(), discover(base, CONFIG), 2))
     model = copy.deepcopy(plain)
     train(plain)
     host = model.get_base_model()

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import depthmix
-from depthmix.carry.adapters import late_layers, mode_only_config
+from depthmix.carry.adapters import mode_only_config
 from depthmix.errors import ConfigError, DepthmixError
 from models import tiny_model
 
@@ -220,7 +220,7 @@ def test_late_layers_only(base: LlamaForCausalLM) -> None:
     train(model, steps=1)
     assert seen == [False], "the graph reaches below the late layers"
     with pytest.raises(ConfigError, match="cannot be restricted"):
-        late_layers(METHODS["prompt"](), base, k=3)
+        depthmix.attach(copy.deepcopy(base), CONFIG, METHODS["prompt"](), late_layers_only=True)
     with pytest.raises(ConfigError, match="needs a peft_config"):
         depthmix.attach(copy.deepcopy(base), CONFIG, late_layers_only=True)
 

@@ -501,6 +501,28 @@ def test_router_held_by_hand_stands_still(base: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("train", [train_hf, train_sft])
+def test_one_layer_trains_as_plain_lora(
+    base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, train: Any
+) -> None:
+    """With k = 1 the loss is the fused one, of the supervised tokens alone, and the same."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = get_peft_model(copy.deepcopy(base), config)
+    model = attached(base, k=1)
+    model.load_state_dict(plain.state_dict())
+    shapes: list[tuple[int, ...]] = []
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda _m, args, _out: shapes.append(tuple(args[0].shape[:2]))
+    )
+    logs = [train(m, tmp_path, tokenizer).state.log_history[:4] for m in (plain, model)]
+    for own, ours in zip(*logs, strict=True):
+        assert ours["loss"] == pytest.approx(own["loss"], abs=1e-5)
+        assert not any("router" in name or name == "ce_loss" for name in ours)
+    assert_same(plain, model)
+    assert {length for _, length in shapes} <= {1}  # no logits are made
+
+
+@pytest.mark.parametrize("train", [train_hf, train_sft])
 def test_evaluation_logs_the_distillation(
     base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, train: Any
 ) -> None:

@@ -21,8 +21,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 import depthmix
 from depthmix.bench.batch import IGNORED, make_batch
 from depthmix.bench.measure import CountHead, in_fresh_process, median_seconds, peak_bytes
-from depthmix.carry.adapters import late_layers, mode_only_config
+from depthmix.carry.adapters import mode_only_config
+from depthmix.carry.depth import restricted
 from depthmix.model.active import host_of
+from depthmix.model.discovery import discover
 from depthmix.model.runtime import runtime_of
 from depthmix.pretrained import load_base, load_tokenizer
 
@@ -139,7 +141,8 @@ def _lora_naive(model: Any, k: int) -> tuple[Any, type[Trainer]]:
 
 
 def _late_lora(model: Any, k: int) -> tuple[Any, type[Trainer]]:
-    return get_peft_model(model, late_layers(_lora_config(), model, k)), Trainer
+    anatomy = discover(model, depthmix.MoDEConfig(k=k))
+    return get_peft_model(model, restricted(_lora_config(), anatomy, k)), Trainer
 
 
 def _late_lora_mode(model: Any, k: int) -> tuple[Any, type[Trainer]]:

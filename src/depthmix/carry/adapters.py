@@ -6,10 +6,8 @@ write its checkpoints.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +15,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, _set_trainable
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
 
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.method.mixture import MODULE_NAME
-from depthmix.model.active import host_of
-from depthmix.model.anatomy import Anatomy
-from depthmix.model.discovery import discover
 
 # PEFT warns of a key it does not know by its name.
 DESCRIPTION_KEY = "load_with_depthmix.load"
@@ -84,49 +78,6 @@ def mode_only_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
         target_modules=DUMMY_TARGET_MODULES,
         modules_to_save=[MODULE_NAME],
     )
-
-
-def late_layers(config: PeftConfig, model: nn.Module, k: int) -> PeftConfig:
-    """Return a copy of a PEFT configuration, restricted to the k late layers of `model`.
-
-    No gradient then reaches below these layers: no backward pass and no activations are kept there.
-
-    Raises:
-        ConfigError: the tuning method cannot be restricted to some layers.
-        DiscoveryError: the layers of the model were not found.
-    """
-    anatomy = discover(host_of(model), MoDEConfig(k=k))
-    config = copy.deepcopy(config)
-    fields = {field.name for field in dataclasses.fields(config)}
-    untyped: Any = config
-    if "exclude_modules" in fields:
-        if untyped.exclude_modules:
-            raise ConfigError("exclude_modules is set, which is what restricts to the late layers")
-        # `layers_to_transform` is not heeded where PEFT lists targets by their full names.
-        late = "|".join(map(str, anatomy.layer_indices))
-        untyped.exclude_modules = rf"(?!{re.escape(anatomy.layers_path)}\.(?:{late})\.).*"
-    elif "layers_to_transform" in fields:
-        untyped.layers_to_transform = list(anatomy.layer_indices)
-        untyped.layers_pattern = anatomy.layers_path.rpartition(".")[2]
-    else:
-        raise ConfigError(f"{type(config).__name__} cannot be restricted to the late layers")
-    return config
-
-
-def require_late_layers_only(host: nn.Module, anatomy: Anatomy) -> None:
-    """Look at what is trained: nothing below the late layers may be.
-
-    Raises:
-        ConfigError: something is; names it.
-    """
-    above = (*anatomy.layer_paths, anatomy.norm_path, anatomy.head_path, MODULE_NAME)
-    for name, parameter in host.named_parameters():
-        if parameter.requires_grad and not name.startswith(tuple(f"{p}." for p in above if p)):
-            raise ConfigError(
-                f"late_layers_only: {name} is trained, which is not in the late layers; options of "
-                "the tuning method that reach all layers (bias, target_parameters, "
-                "modules_to_save) do not go with it"
-            )
 
 
 def description(config: MoDEConfig) -> dict[str, Any]:

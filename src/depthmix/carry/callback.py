@@ -110,6 +110,10 @@ class RoutingCallback(TrainerCallback):
         losses = [name for name in logs or () if name == "loss" or name.endswith("_loss")]
         if runtime is None or logs is None or not losses:
             return
+        mixture = runtime.mixture()
+        if mixture is None or mixture.config.k == 1:
+            runtime.statistics.clear()
+            return
         training = "loss" in logs
         statistics = runtime.figures(training)
         sums = statistics.take()

@@ -14,7 +14,7 @@ HEADING = "## Mixture-of-Depths Ensemble (MoDE)"
 def write_card(folder: Path, runtime: Runtime) -> None:
     """Add, or bring up to date, the section on MoDE in `folder/README.md`."""
     mixture = runtime.mixture()
-    if mixture is None or not folder.is_dir():
+    if mixture is None or mixture.config.k == 1 or not folder.is_dir():
         return
     path = folder / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())

@@ -33,7 +33,7 @@ class DepthMixture(nn.Module):
     buffer `spec` is JSON in UTF-8 (configuration and base model), so that a checkpoint tells what
     it is.
 
-    With k = 1 there is nothing to mix: the module has no parameters, the model is the base model.
+    With k = 1 there is nothing to mix: no parameters, and nothing is saved.
 
     Args:
         config: the configuration.
@@ -46,7 +46,7 @@ class DepthMixture(nn.Module):
     def __init__(self, config: MoDEConfig, hidden_size: int, spec: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("spec", _encode(spec))
+        self.register_buffer("spec", _encode(spec), persistent=config.k > 1)
         # PEFT takes over the `weight` of every module that it puts back when it merges.
         self.register_buffer("weight", torch.empty(0), persistent=False)
         if config.k > 1:

@@ -100,7 +100,7 @@ def _loss(
     Without gradients on all of them: an evaluation draws no random number.
     """
     count = len(tokens.labels)
-    if config.distill_weight == 0:
+    if config.distill_weight == 0 or config.k == 1:
         return _mixture_loss(tokens, head, transform)
     if config.distill_fraction == 1.0 or not torch.is_grad_enabled():
         return _layers_loss(config, tokens, config.distill_weight, head, transform)

@@ -91,7 +91,7 @@ def require_trainable(host: PreTrainedModel, mixture: DepthMixture) -> None:
     """
     if host._hf_peft_config_loaded:
         raise TrainingError(ADAPTERS_OF_TRANSFORMERS)
-    if any(p.requires_grad for p in mixture.parameters()):
+    if mixture.config.k == 1 or any(p.requires_grad for p in mixture.parameters()):
         return
     if any(p.requires_grad for p in host.parameters()):
         raise TrainingError(

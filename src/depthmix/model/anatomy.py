@@ -58,6 +58,15 @@ class Anatomy:
     other_terms: OtherTerms = "none"
 
     @property
+    def layer_count(self) -> int:
+        """All layers, not only the late ones."""
+        return self.layer_indices[-1] + 1
+
+    def last_layers(self, count: int) -> range:
+        """Return the places of the last `count` layers."""
+        return range(self.layer_count - count, self.layer_count)
+
+    @property
     def layer_paths(self) -> tuple[str, ...]:
         """Module paths of the late layers, the last layer last."""
         return tuple(f"{self.layers_path}.{index}" for index in self.layer_indices)

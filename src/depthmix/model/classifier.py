@@ -35,7 +35,7 @@ class ClassifierTask:
 
     def begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
         """See whether there are labels, in training or in an evaluation within a Trainer."""
-        if kwargs.get("labels") is None:
+        if kwargs.get("labels") is None or forward.mixture.config.k == 1:
             return kwargs
         if forward.host.training:
             require_trainable(forward.host, forward.mixture)

@@ -193,8 +193,9 @@ def _one_hot(host: Any, width: int) -> Iterator[None]:
     mixture = getattr(host, MODULE_NAME)
     config = MoDEConfig(k=mixture.config.k, adaptation="none", distill_weight=0, router_prior=None)
     alone = DepthMixture(config, width, {})
-    alone.router.bias.data[-1] = 1e4
-    setattr(host, MODULE_NAME, alone.to(mixture.router.weight.device))
+    if mixture.config.k > 1:
+        alone.router.bias.data[-1] = 1e4
+    setattr(host, MODULE_NAME, alone.to(mixture.spec.device))
     try:
         yield
     finally:

@@ -156,7 +156,7 @@ class Runtime:
 
     def _new(self, host: Any, whole: bool) -> Forward | None:
         mixture = self.mixture(host)
-        if mixture is None or mixture.config.k == 1:
+        if mixture is None or (mixture.config.k == 1 and not host.training):
             return None
         return forwards.begin(self, host, mixture, whole)
 

@@ -20,21 +20,22 @@ def tune(
 ) -> Any:
     """Put the tuning method, and MoDE unless `run.mode` is off, on a base model.
 
+    Without MoDE the loss is still the fused one, of the last layer alone; what is saved is PEFT's.
+
     Returns:
         The PeftModel, or the model itself where every parameter is trained.
 
     Raises:
         ConfigError: PEFT cannot put the method on this model.
     """
-    from peft import get_peft_model
-
     from depthmix import attach
 
+    tuned_layers = mode.k if run.late_layers_only else None
+    config = peft_config(run, model_config)
     try:
-        config = peft_config(model, run, mode, model_config)
-        if run.mode:
-            return attach(model, mode, config)
-        return model if config is None else get_peft_model(model, config)
+        return attach(
+            model, mode if run.mode else MoDEConfig(k=1), config, tuned_layers=tuned_layers
+        )
     except DepthmixError:
         raise
     except ValueError as error:  # PEFT's: unknown target modules, an architecture without defaults
@@ -55,18 +56,15 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 
 
-def peft_config(
-    model: PreTrainedModel, run: RunOptions, mode: MoDEConfig, model_config: ModelConfig
-) -> PeftConfig | None:
+def peft_config(run: RunOptions, model_config: ModelConfig) -> PeftConfig | None:
     """Return PEFT's configuration of the method, or None for full fine-tuning."""
-    from depthmix.carry.adapters import late_layers, mode_only_config
+    from depthmix.carry.adapters import mode_only_config
 
     if run.method == "full":
         return None
     if run.method == "none":
         return mode_only_config()
-    config = _method_config(run, model_config)
-    return late_layers(config, model, mode.k) if run.late_layers_only else config
+    return _method_config(run, model_config)
 
 
 def _method_config(run: RunOptions, options: ModelConfig) -> PeftConfig:
