@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,20 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
     temporary.replace(path)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give a new file a size, with the room for it taken from the disk.
+
+    Raises:
+        OSError: there is no such room, or a quota is used up.
+    """
+    if sys.platform == "darwin":  # has no such call
+        zeros = bytes(2**20)
+        for start in range(0, size, len(zeros)):
+            os.pwrite(descriptor, zeros[: size - start], start)
+    else:
+        os.posix_fallocate(descriptor, 0, size)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """Tuning from cached depth: exact, safe on disk, refused where the prefix is not frozen."""
 
 import copy
+import errno
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors import SafetensorError
 from trl import SFTConfig
 
 import depthmix
@@ -204,6 +207,58 @@ def test_full_disk_is_told_beforehand(tmp_path):
         pass
 
 
+def refuse(descriptor, size):
+    """The disk as it is when it is full."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_disk_that_fills_costs_the_cache_and_not_the_training(tmp_path, monkeypatch, caplog):
+    """The others' rows are still read; nothing of this run stays."""
+    base = tiny_model("llama")
+    folder = tmp_path / "caches"
+    model, plain = late(base), late(base)
+    train(plain)
+    monkeypatch.setattr("depthmix.cache.store.allocate", refuse)
+    with cached_depth(model, k=2, tokens=100, folder=folder) as cache:
+        train(model)
+    assert (cache.hits, cache.misses) == (0, 6)
+    assert not any(folder.iterdir())
+    assert [record.message for record in caplog.records] == [
+        f"cache: no room in {cache.folder} (No space left on device); training goes on without it"
+    ]
+    assert_same(model, plain, rtol=0, atol=0)
+
+
+def test_an_index_that_cannot_be_written_costs_the_cache_and_not_the_training(
+    tmp_path, monkeypatch, caplog
+):
+    def full(*_args, **_options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("depthmix.cache.store.save_file", full)
+    with cached_depth(late(tiny_model("llama")), k=2, tokens=100, folder=tmp_path) as cache:
+        train(cache._prefix.host)
+    assert cache.hits == 4
+    assert not any(tmp_path.iterdir())
+    assert "cache: not kept: a checkpoint could not be written" in caplog.text
+
+
+def test_a_whole_cache_needs_no_room(tmp_path, monkeypatch):
+    base, tokens = tiny_model("llama"), 9 + 6 + 7 + 9
+    with cached_depth(late(base), k=2, tokens=tokens, folder=tmp_path) as cache:
+        train(cache._prefix.host)
+    monkeypatch.setattr("depthmix.cache.store.allocate", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with cached_depth(late(base), k=2, tokens=tokens, folder=tmp_path) as cache:
+        train(cache._prefix.host)
+    assert cache.misses == 0
+    with (
+        pytest.raises(ConfigError, match="GiB free"),
+        cached_depth(late(base), k=2, tokens=tokens + 1, folder=tmp_path),
+    ):
+        pass
+
+
 def test_digest_depends_on_tokens_and_places_not_on_padding_to_the_right():
     ids, mask = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])
     digest = row_digests(ids, mask, None)
@@ -247,6 +302,25 @@ def test_what_a_crash_leaves_is_not_read(tmp_path):
     assert len(store(tmp_path)) == 0
 
 
+def test_the_room_is_taken_before_the_states_are_written(tmp_path):
+    """A hole of a full disk that is mapped and written to would be a SIGBUS."""
+    first = store(tmp_path, capacity=10**5)
+    first.add(b"a" * 16, torch.ones(2, 3))
+    (states,) = tmp_path.glob("*.states")
+    assert states.stat().st_blocks * 512 >= 10**5 * 3 * 4
+    first.close()
+    assert states.stat().st_size == 2 * 3 * 4
+
+
+def test_a_torn_index_is_not_read(tmp_path):
+    first = store(tmp_path)
+    first.add(b"a" * 16, torch.ones(2, 3))
+    first.close()
+    (index,) = tmp_path.glob("*.index")
+    index.write_bytes(index.read_bytes()[:20])
+    assert len(store(tmp_path)) == 0
+
+
 def test_rows_beyond_the_capacity_are_not_kept(tmp_path):
     full = store(tmp_path, capacity=3)
     full.add(b"a" * 16, torch.ones(2, 3))
@@ -283,7 +357,7 @@ def test_train_caches_by_itself_and_gives_the_same_adapter(tiny, rows, tmp_path,
     flags = ["--cache-dir", str(tmp_path / "cache")]
     assert main(["cache", "list", *flags]) == 0
     name = capsys.readouterr().out.split()[0]
-    assert main(["cache", "clear", name, *flags]) == 0
+    assert main(["cache", "clear", name, "--yes", *flags]) == 0
     assert main(["cache", "list", *flags]) == 0
     assert "no caches" in capsys.readouterr().out
 
@@ -302,3 +376,56 @@ def test_several_processes_do_without(tiny, rows, tmp_path, capsys, monkeypatch,
     assert main([*arguments, "--output_dir", str(tmp_path / "o")]) == status
     said = capsys.readouterr()
     assert "it is for one process" in said.out + said.err
+
+
+# --- `depthmix cache`
+
+
+@pytest.fixture
+def caches(tmp_path):
+    """Two caches beside folders and files of others."""
+    for name in ("a1", "b2"):
+        made = store(tmp_path / "home" / name)
+        made.add(b"a" * 16, torch.ones(2, 3))
+        made.close()
+    (tmp_path / "home" / "thesis").mkdir()
+    (tmp_path / "home" / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "home" / "other-cache").mkdir()
+    (tmp_path / "home" / "other-cache" / "CACHEDIR.TAG").write_text("Signature: another program")
+    return tmp_path / "home"
+
+
+def answer(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _question: text)
+
+
+def test_what_others_made_is_neither_listed_nor_removed(caches, capsys):
+    assert main(["cache", "list", "--cache_dir", str(caches)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["a1", "b2"]
+    for name in ("thesis", "other-cache", "../home/a1", ".."):
+        assert main(["cache", "clear", name, "--yes", "--cache-dir", str(caches)]) == 2
+    assert main(["cache", "clear", "--yes", "--cache-dir", str(caches)]) == 0
+    assert sorted(path.name for path in caches.iterdir()) == ["other-cache", "thesis"]
+    assert (caches / "thesis" / "chapter.tex").exists()
+
+
+def test_a_file_of_others_in_a_cache_stays(caches, capsys):
+    (caches / "a1" / "notes.txt").write_text("mine")
+    assert main(["cache", "clear", "a1", "--yes", "--cache-dir", str(caches)]) == 0
+    assert [path.name for path in (caches / "a1").iterdir()] == ["notes.txt"]
+    assert f"{caches / 'a1'} stays, it holds notes.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("said", "left"), [("y", 2), ("n", 4), ("", 4)])
+def test_clear_lists_and_asks(caches, monkeypatch, capsys, said, left):
+    answer(monkeypatch, said)
+    assert main(["cache", "clear", "--cache-dir", str(caches)]) == (0 if said == "y" else 1)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["a1", "b2"]
+    assert len(list(caches.iterdir())) == left
+
+
+def test_clear_does_not_ask_where_nobody_answers(caches, capsys):
+    assert main(["cache", "clear", "--cache-dir", str(caches)]) == 2
+    assert "add --yes" in capsys.readouterr().err
+    assert len(list(caches.iterdir())) == 4

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from depthmix.cache.prefix import Prefix, frozen_prefix
 from depthmix.cache.store import DIGEST_BYTES, StateStore
 from depthmix.errors import ConfigError
 from depthmix.model.anatomy import first_tensor
 from depthmix.model.probing import run_probe
+
+logger = logging.get_logger(__name__)
 
 
 def default_folder() -> Path:
@@ -61,7 +64,7 @@ def cached_depth(
         with cache.attached():
             yield cache
     finally:
-        cache.store.close()
+        cache.close()
 
 
 class CachedDepth:
@@ -78,11 +81,18 @@ class CachedDepth:
         self._replayed: Tensor | None = None
         self._recording: list[bytes] | None = None
         self._mask: Tensor | None = None
+        self._full = False
         dtype = self._checked_dtype()
         self.folder = folder / prefix.digest(dtype)
-        needed = tokens * prefix.width * dtype.itemsize
-        _require_space(self.folder, needed)
         self.store = StateStore(self.folder, prefix.width, dtype, tokens)
+        _require_space(self.folder, (tokens - self.store.tokens) * self.store.bytes_a_token)
+
+    def close(self) -> None:
+        """Let later runs have what was added; a full disk costs the cache, not the training."""
+        try:
+            self.store.close()
+        except OSError as error:
+            logger.warning(f"cache: not kept: {error}")
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -151,8 +161,17 @@ class CachedDepth:
         if state is None or state.dtype != self.store.dtype:
             return
         for row, mask, digest in zip(state.detach(), self._mask.bool(), digests, strict=True):
-            if digest not in self.store:
-                self.store.add(digest, row[mask])
+            if digest not in self.store and not self._full:
+                self._add(digest, row[mask])
+
+    def _add(self, digest: bytes, states: Tensor) -> None:
+        try:
+            self.store.add(digest, states)
+        except OSError as error:
+            self._full = True
+            logger.warning(
+                f"cache: no room in {self.folder} ({error.strerror}); training goes on without it"
+            )
 
     def _gather(self, digests: list[bytes], ids: Tensor) -> Float[Tensor, "b t d"]:
         assert self._mask is not None

@@ -1,15 +1,25 @@
-"""The argument parser of every command: argparse, with errors of one line."""
+"""The argument parser of every command: argparse, with errors of one line and checked values."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from depthmix.errors import ConfigError
+from depthmix.errors import ConfigError, nearest, shown
+
+# What torch and NumPy take as an integer, and as a seed.
+MOST_INTEGER = 2**31 - 1
+MOST_SEED = 2**32 - 1
 
 
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` whose errors are a `ConfigError` instead of a usage text.
+
+    `-` and `_` within an option are the same.
 
     Args:
         command: name of the sub-command.
@@ -29,9 +39,89 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse; an option that there is not is named with the nearest one that there is."""
+        found, unknown = self.parse_known_args([self._spelled(a) for a in args or ()], namespace)
+        options = [argument for argument in unknown if argument.startswith("--")]
+        if options:
+            flag = options[0].partition("=")[0]
+            hint = nearest(flag, self._option_string_actions)
+            self.error(f"{flag}: no such option{hint}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(map(shown, unknown))}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Raise the message, with a pointer to the help."""
-        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+        message = re.sub("^argument ([^:]+):( must)?", _place, message)
+        raise ConfigError(f"{' '.join(message.split())} (see `{self.prog} --help`)")
+
+    def _spelled(self, argument: str) -> str:
+        """Return an option as it is declared, whether it is written with dashes or underscores."""
+        flag, equals, value = argument.partition("=")
+        dashed = f"--{flag[2:].replace('_', '-')}"
+        known = flag.startswith("--") and dashed in self._option_string_actions
+        return f"{dashed}{equals}{value}" if known else argument
+
+
+# Types of values, for `add_argument(type=...)`
+
+
+def integer(least: int, most: int = MOST_INTEGER) -> Callable[[str], int]:
+    """Return a type: integers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            limit = f">= {least}" if value is None or value < least else f"<= {most}"
+            raise argparse.ArgumentTypeError(f"must be an integer {limit}, not {shown(text)}")
+        return value
+
+    return read
+
+
+def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Return a type: finite numbers from `least` (or above it) to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        low_enough = value <= most and value < math.inf
+        if not (low_enough and (value > least if above else value >= least)):
+            raise argparse.ArgumentTypeError(f"must be {_interval()}, not {shown(text)}")
+        return value
+
+    def _interval() -> str:
+        if most == math.inf:
+            return f"{'>' if above else '>='} {least:g}"
+        return f"in {'(' if above else '['}{least:g}, {most:g}]"
+
+    return read
+
+
+def folder(text: str) -> Path:
+    """A type: a folder; `~` is the home folder."""
+    path = file(text)
+    if path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    return path
+
+
+def file(text: str) -> Path:
+    """A type: a file to write or read; `~` is the home folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, not {shown(text)}")
+    return Path(text).expanduser()
+
+
+def _place(found: re.Match[str]) -> str:
+    """Name the option as other errors do: `--k must be`, `--k: expected one argument`."""
+    return f"{found[1]}{found[2] or ':'}"
 
 
 def _formatter(prog: str) -> argparse.RawDescriptionHelpFormatter:
