@@ -1,5 +1,6 @@
 """The fused loss and its gradients against the naive reference."""
 
+import copy
 import math
 
 import pytest
@@ -45,6 +46,13 @@ class Problem:
     def naive(self, transform=TRANSFORMS["plain"], weight=1.0, divergence="kl"):
         raw = self.head(self.states).to(self.gate.dtype)
         return reference.loss(raw, self.gate, self.labels, naive(transform), weight, divergence)
+
+    def alone(self, i):
+        """Return the problem of one token."""
+        twin = copy.copy(self)
+        twin.states, twin.gate = self.states[i : i + 1], self.gate[i : i + 1]
+        twin.labels = self.labels[i : i + 1]
+        return twin
 
     def gradients(self, loss, inputs=None):
         return torch.autograd.grad(loss, inputs or self.inputs, retain_graph=True)
@@ -92,6 +100,28 @@ def test_every_shape_equals_the_reference(n, k, d, v, bias, tokens, transform, w
     expected = problem.naive(transform, weight, divergence)
     assert_close(fused, expected)
     assert_close(problem.gradients(fused), problem.gradients(expected))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+@pytest.mark.parametrize("weights", ["random", "signed", "one", "none"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_token_has_a_gradient_of_its_own(monkeypatch, divergence, transform, weights, tokens):
+    """As rewards and preferences weigh tokens: the naive loss, token by token, weighed alike."""
+    chunks_of(monkeypatch, tokens)
+    problem = Problem(n=7)
+    upstream = {
+        "random": torch.rand(7, dtype=torch.float64),
+        "signed": torch.randn(7, dtype=torch.float64),
+        "one": torch.eye(7, dtype=torch.float64)[3],
+        "none": torch.zeros(7, dtype=torch.float64),
+    }[weights]
+    ours = problem.fused(transform, 0.7, divergence).per_token
+    theirs = torch.stack([problem.alone(i).naive(transform, 0.7, divergence) for i in range(7)])
+    assert_close(ours, theirs)
+    assert_close(
+        problem.gradients((upstream * ours).sum()), problem.gradients((upstream * theirs).sum())
+    )
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -300,8 +330,10 @@ def test_memory_stays_that_of_one_chunk(monkeypatch, divergence, trainable_head)
         loss = problem.fused(TRANSFORMS["cap"], divergence=divergence).total
         loss.backward()
     assert tokens * v < largest.elements <= max(tokens * k * v, n * k * d)
-    # The gradients of states, late states and gate; that of the head, if it learns.
-    assert sum(saved) == n * k * d + n * (k - 1) * d + n * k + v * d * trainable_head
+    # The gradients of states, late states and gate. If the head learns, its gradient, and what it
+    # takes to sum it up again: states, gate and labels.
+    of_the_head = v * d + n * k * d + n * k + n
+    assert sum(saved) == n * k * d + n * (k - 1) * d + n * k + of_the_head * trainable_head
 
 
 def test_loss_of_uniform_logits_is_log_of_the_vocabulary():

@@ -32,7 +32,7 @@ class EnsembleLoss:
     """The loss of n supervised tokens.
 
     Attributes:
-        total: sum over the tokens of cross-entropy + weight x mean divergence; carries the graph.
+        per_token: (n,) cross-entropy + weight x mean divergence; carries the graph, token by token.
         cross_entropy: (n,) of the ensemble, in nats, detached.
         divergence: (n,) mean over the late layers below the last, in nats, detached; zero where
             nothing was distilled.
@@ -40,11 +40,16 @@ class EnsembleLoss:
         correct: (n,) whether the label is the ensemble's most likely token.
     """
 
-    total: Float[Tensor, ""]
+    per_token: Float[Tensor, " n"]
     cross_entropy: Float[Tensor, " n"]
     divergence: Float[Tensor, " n"]
     entropy: Float[Tensor, " n"]
     correct: Tensor
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """The sum over the tokens."""
+        return self.per_token.sum()
 
 
 def ensemble_loss(
@@ -65,9 +70,13 @@ def ensemble_loss(
         raw = head(states)                              # (n, k, v)
         logits = transform(raw)
         ensemble = transform((gate[..., None] * raw).sum(1))
-        total = cross_entropy(ensemble, labels, reduction="sum")
+        per_token = cross_entropy(ensemble, labels, reduction="none")
         teacher = logits[:, -1].detach()
-        total += distill_weight * mean over j < k of sum over n of KL(teacher || logits[:, j])
+        per_token += distill_weight * mean over j < k of KL(teacher || logits[:, j])
+
+    Whatever weighs the tokens afterwards (a mean, advantages, preferences) gets its gradients:
+    those of the states and the gate are kept a token each, and scaled; those of a trained head are
+    summed up in the forward, and again in the backward if the tokens turn out to weigh differently.
 
     Args:
         states: normed states of the late layers, the last layer last; any float type.
@@ -83,24 +92,27 @@ def ensemble_loss(
     """
     if late_states is None:
         late_states = states[:, :-1]
-    total, cross_entropy, distances, entropy, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
-        states,
-        late_states,
-        gate,
-        labels,
-        head,
-        transform,
-        distill_weight,
-        divergence,
-        distil_head,
-        torch.is_grad_enabled(),
-        *head.tensors,
+    terms = _Terms(head, transform, distill_weight, divergence, distil_head)
+    per_token, *parts, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
+        states, late_states, gate, labels, terms, torch.is_grad_enabled(), *head.tensors
     )
-    return EnsembleLoss(total, cross_entropy, distances, entropy, correct.bool())
+    cross_entropy, distance, entropy = parts
+    return EnsembleLoss(per_token, cross_entropy, distance, entropy, correct.bool())
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What the loss is made of, beside tensors that carry a graph."""
+
+    head: HeadProjection
+    transform: LogitTransform
+    distill_weight: float
+    divergence: Divergence
+    distil_head: bool
 
 
 class _EnsembleLoss(torch.autograd.Function):
-    """The chunk loop: losses and gradients in the forward, one scaling in the backward."""
+    """The chunk loop: losses and gradients in the forward, a scaling in the backward."""
 
     @staticmethod
     def forward(
@@ -109,11 +121,7 @@ class _EnsembleLoss(torch.autograd.Function):
         late_states: Tensor,
         gate: Tensor,
         labels: Tensor,
-        head: HeadProjection,
-        transform: LogitTransform,
-        distill_weight: float,
-        divergence: Divergence,
-        distil_head: bool,
+        terms: _Terms,
         with_gradients: bool,
         *head_tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -122,47 +130,45 @@ class _EnsembleLoss(torch.autograd.Function):
         d_states, d_gate = torch.empty_like(states, dtype=kept), torch.empty_like(gate)
         d_late_states = torch.zeros_like(late_states, dtype=kept)
         d_head = [_accumulator(tensor) for tensor in head_tensors]
-        d_head_late = d_head if distil_head else [None] * len(d_head)
         # One buffer for all tokens: a small tensor that outlives its chunk would lie in the middle
         # of the memory that the chunk gives back, and the allocator could not use it again.
         values = gate.new_empty(4, len(labels))
-        # The chunk's arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
-        with torch.autocast(states.device.type, enabled=False):
-            for rows in _chunks(states, head):
-                chunk = states[rows].to(head.dtype)
-                output = head.project(chunk)
-                raw = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-                loss = _chunk_loss(
-                    raw, gate[rows], labels[rows], transform, distill_weight, divergence
-                )
-                values[:, rows] = loss.values
-                if not with_gradients:
-                    continue
-                d_gate[rows] = loss.d_gate
-                d_states[rows], d_late = head.pull_back(
-                    chunk, gate[rows], output, loss.gradients, d_head, d_head_late
-                )
+        for chunk in _chunks(states, gate, labels, terms):
+            values[:, chunk.rows] = chunk.loss.values
+            if with_gradients:
+                d_gate[chunk.rows] = chunk.loss.d_gate
+                d_states[chunk.rows], d_late = chunk.pull_back(chunk.loss.gradients, d_head)
                 if d_late is not None:
-                    d_late_states[rows] = d_late
+                    d_late_states[chunk.rows] = d_late
         cross_entropy, distance, entropy, correct = values
-        total = cross_entropy.sum() + distill_weight * distance.sum()
-        ctx.dtype = states.dtype
-        ctx.save_for_backward(d_states, d_late_states, d_gate, *d_head)
+        ctx.terms, ctx.dtype = terms, states.dtype
+        again = (states, gate, labels) if any(d is not None for d in d_head) else (None,) * 3
+        ctx.save_for_backward(d_states, d_late_states, d_gate, *again, *d_head)
         ctx.mark_non_differentiable(cross_entropy, distance, entropy, correct)
-        return total, cross_entropy, distance, entropy, correct
+        per_token = cross_entropy + terms.distill_weight * distance
+        return per_token, cross_entropy, distance, entropy, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_states, d_late_states, d_gate, *d_head = ctx.saved_tensors
-        d_states, d_late_states = (
-            (saved * d_total).to(ctx.dtype) for saved in (d_states, d_late_states)
+    def backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_states, d_late_states, d_gate, states, gate, labels, *d_head = ctx.saved_tensors
+        if states is not None and bool((weights != weights[:1]).any()):
+            d_head = [_accumulator(tensor) for tensor in ctx.terms.head.tensors]
+            for chunk in _chunks(states, gate, labels, ctx.terms):
+                chunk.pull_back(chunk.loss.gradients.weighed(weights[chunk.rows]), d_head)
+        else:
+            every = weights[:1].sum()  # they are all this, or there is none
+            d_head = [None if d is None else (d * every).to(d.dtype) for d in d_head]
+        rows = weights.view(-1, 1, 1)
+        return (
+            (d_states * rows).to(ctx.dtype),
+            (d_late_states * rows).to(ctx.dtype),
+            (d_gate * rows.squeeze(2)).to(d_gate.dtype),
+            None,
+            None,
+            None,
+            *d_head,
         )
-        d_gate, *d_head = (
-            None if saved is None else (saved * d_total).to(saved.dtype)
-            for saved in (d_gate, *d_head)
-        )
-        return (d_states, d_late_states, d_gate, *[None] * 7, *d_head)
 
 
 @dataclass(frozen=True)
@@ -172,14 +178,53 @@ class _ChunkLoss:
     d_gate: Float[Tensor, "c k"]
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Some of the tokens, their logits made."""
+
+    rows: slice
+    states: Float[Tensor, "c k d"]
+    gate: Float[Tensor, "c k"]
+    output: Float[Tensor, "c k v"]
+    loss: _ChunkLoss
+    terms: _Terms
+
+    def pull_back(
+        self, gradients: LogitGradients, d_head: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the states, and add those of the head to `d_head`."""
+        d_head_late = d_head if self.terms.distil_head else [None] * len(d_head)
+        return self.terms.head.pull_back(
+            self.states, self.gate, self.output, gradients, d_head, d_head_late
+        )
+
+
+def _chunks(states: Tensor, gate: Tensor, labels: Tensor, terms: _Terms) -> Iterator[_Chunk]:
+    """Go through the tokens so that one chunk's logits take about `CHUNK_BYTES`.
+
+    No token at all makes one empty chunk: the loss is then a zero that is connected to the graph.
+    """
+    n, k, _ = states.shape
+    head = terms.head
+    size = max(1, CHUNK_BYTES // (4 * k * head.vocabulary))
+    for start in range(0, max(n, 1), size):
+        rows = slice(start, start + size)
+        # The arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
+        with torch.autocast(states.device.type, enabled=False):
+            chunk = states[rows].to(head.dtype)
+            output = head.project(chunk)
+            raw = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+            loss = _chunk_loss(raw, gate[rows], labels[rows], terms)
+            yield _Chunk(rows, chunk, gate[rows], output, loss, terms)
+
+
 def _chunk_loss(
     raw: Float[Tensor, "c k v"],
     gate: Float[Tensor, "c k"],
     labels: Int[Tensor, " c"],
-    transform: LogitTransform,
-    distill_weight: float,
-    divergence: Divergence,
+    terms: _Terms,
 ) -> _ChunkLoss:
+    transform = terms.transform
     logits = transform(torch.bmm(gate.unsqueeze(1), raw).squeeze(1))
     log_p = logits.log_softmax(dim=-1)
     label_log_p = log_p.gather(1, labels.unsqueeze(1))
@@ -192,24 +237,16 @@ def _chunk_loss(
 
     distance, d_late = torch.zeros_like(entropy), None
     layers = raw.shape[1] - 1
-    if distill_weight > 0 and layers > 0:
+    if terms.distill_weight > 0 and layers > 0:
         layer_logits = transform(raw)
         log_q = layer_logits.log_softmax(dim=-1)
-        distances, d_late = DIVERGENCES[divergence](log_q[:, -1:], log_q[:, :-1])
+        distances, d_late = DIVERGENCES[terms.divergence](log_q[:, -1:], log_q[:, :-1])
         distance = distances.mean(dim=1)
-        d_late = transform.pull_back(layer_logits[:, :-1], d_late).mul_(distill_weight / layers)
+        d_late = transform.pull_back(layer_logits[:, :-1], d_late).mul_(
+            terms.distill_weight / layers
+        )
     values = torch.stack([-label_log_p.squeeze(1), distance, entropy, correct.to(entropy.dtype)])
     return _ChunkLoss(values, LogitGradients(d_mixed, d_late), d_gate)
-
-
-def _chunks(states: Float[Tensor, "n k d"], head: HeadProjection) -> Iterator[slice]:
-    """Cut the tokens so that one chunk's logits take about `CHUNK_BYTES`.
-
-    No token at all makes one empty chunk: the loss is then a zero that is connected to the graph.
-    """
-    n, k, _ = states.shape
-    size = max(1, CHUNK_BYTES // (4 * k * head.vocabulary))
-    return (slice(start, start + size) for start in range(0, max(n, 1), size))
 
 
 def _accumulator(tensor: Tensor) -> Tensor | None:

@@ -50,6 +50,11 @@ class LogitGradients:
     mixed: Float[Tensor, "c v"]
     late: Float[Tensor, "c l v"] | None
 
+    def weighed(self, weights: Float[Tensor, " c"]) -> LogitGradients:
+        """Return those of a loss in which each token has a weight of its own."""
+        late = None if self.late is None else self.late * weights.view(-1, 1, 1)
+        return LogitGradients(self.mixed * weights.unsqueeze(1), late)
+
 
 StateGradients = tuple[Float[Tensor, "c k d"], Float[Tensor, "c l d"] | None]
 

@@ -20,18 +20,21 @@ class Objective:
     """The objective of n supervised tokens; see `EnsembleLoss` for the parts.
 
     Attributes:
-        total: sum over the tokens, with the graph.
-        per_token: (n,) the same, a token each, detached.
+        per_token: (n,) with the graph, token by token.
         loss: cross-entropy, divergence, entropy and correctness a token.
         gate: (n, k) weights of the late layers, detached.
         balance: (n,) KL(gate || uniform) in nats, detached.
     """
 
-    total: Float[Tensor, ""]
     per_token: Float[Tensor, " n"]
     loss: EnsembleLoss
     gate: Float[Tensor, "n k"]
     balance: Float[Tensor, " n"]
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """The sum over the tokens."""
+        return self.per_token.sum()
 
 
 def training_objective(
@@ -68,13 +71,8 @@ def training_objective(
     tokens = _Tokens(states.to(head.dtype), late_states.to(head.dtype), gate, labels)
     loss = _loss(config, tokens, head, transform)
     balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
-    total = loss.total + config.balance_weight * balance.sum()
-    per_token = (
-        loss.cross_entropy
-        + config.distill_weight * loss.divergence
-        + config.balance_weight * balance.detach()
-    )
-    return Objective(total, per_token, loss, gate.detach(), balance.detach())
+    per_token = loss.per_token + config.balance_weight * balance
+    return Objective(per_token, loss, gate.detach(), balance.detach())
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _join(
     """Put the tokens back in order; the sampled divergences stand for all tokens."""
     back = order.argsort()
     return EnsembleLoss(
-        distilled.total + others.total,
+        torch.cat([distilled.per_token, others.per_token])[back],
         torch.cat([distilled.cross_entropy, others.cross_entropy])[back],
         torch.cat([distilled.divergence * scale, others.divergence])[back],
         torch.cat([distilled.entropy, others.entropy])[back],

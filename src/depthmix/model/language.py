@@ -40,7 +40,7 @@ LOSS_LABEL = "depthmix: loss"  # what a profiler shows
 class FusedLossOutput(ModelOutput):
     """What TRL's SFTTrainer reads of a model that computes its loss: per-token values (B, T - 1).
 
-    `log_probs` is minus the training objective, so that its sum carries the distillation too.
+    `log_probs` is minus the training objective, so that it carries the distillation too.
     """
 
     loss: Tensor | None = None
@@ -266,23 +266,17 @@ def _decoder_inputs(
 
 def _fused_output(objective: Objective, supervision: _Supervision, output: Any) -> FusedLossOutput:
     targets, positions = supervision.targets, supervision.positions
-    mask = targets != IGNORED
 
     def spread(values: Tensor) -> Tensor:
         """Put one value a supervised token back to its place in the batch."""
         flat = values.new_zeros(targets.numel())
-        flat[positions.to(values.device)] = values
-        return flat.view(targets.shape)
+        return flat.index_copy(0, positions.to(values.device), values).view(targets.shape)
 
-    # The graph hangs on the sum. Spread evenly, it reaches every reduction that weighs the tokens
-    # alike, as SFTTrainer's does; one that does not (`dft`) is refused when training starts.
-    gradient_only = (objective.total - objective.total.detach()) / max(len(positions), 1)
-    log_probs = -(spread(objective.per_token) + gradient_only * mask)
     fields = {
-        "log_probs": log_probs,
+        "log_probs": -spread(objective.per_token),
         "entropy": spread(objective.loss.entropy),
         "is_top1": spread(objective.loss.correct),
-        "label_mask": mask,
+        "label_mask": targets != IGNORED,
     }
     if not supervision.shifted_by_caller:
         fields = {name: value[:, :-1] for name, value in fields.items()}
