@@ -29,14 +29,12 @@ class Problem:
 
     def fused(self, projection, weight=0.7):
         transform = LogitTransform(cap=2.0)
-        return ensemble_loss(
-            self.states, self.gate, self.labels, projection, transform, weight
-        ).total
+        return ensemble_loss(self.states, self.gate, self.labels, projection, transform, weight)
 
-    def naive(self, module, weight=0.7):
-        raw = module(self.states).to(self.gate.dtype)
+    def naive(self, module, weight=0.7, rows=slice(None)):
+        raw = module(self.states[rows]).to(self.gate.dtype)
         return reference.loss(
-            raw, self.gate, self.labels, lambda raw: 2 * torch.tanh(raw / 2), weight
+            raw, self.gate[rows], self.labels[rows], lambda raw: 2 * torch.tanh(raw / 2), weight
         )
 
     def gradients(self, loss, module):
@@ -90,8 +88,12 @@ def test_loss_through_any_head_equals_the_reference(monkeypatch, make, weight):
     problem, module = Problem(), make()
     projection = head_projection(module, torch.float64, V, None)
     assert isinstance(projection, LinearHead) == (make in list(MODULES.values())[:2])
-    fused, expected = problem.fused(projection, weight), problem.naive(module, weight)
+    fused, expected = problem.fused(projection, weight).total, problem.naive(module, weight)
     assert_close(fused, expected)
+    assert_close(problem.gradients(fused, module), problem.gradients(expected, module))
+    upstream = torch.randn(7, dtype=torch.float64)
+    fused = (upstream * problem.fused(projection, weight).per_token).sum()
+    expected = sum(upstream[i] * problem.naive(module, weight, [i]) for i in range(7))
     assert_close(problem.gradients(fused, module), problem.gradients(expected, module))
 
 
@@ -99,7 +101,7 @@ def test_loss_through_any_head_equals_the_reference(monkeypatch, make, weight):
 @pytest.mark.parametrize("name", ["lora", "subclass"])
 def test_module_head_on_almost_no_tokens(name, n):
     problem, module = Problem(n), MODULES[name]()
-    fused = problem.fused(ModuleHead(module, torch.float64, V, None))
+    fused = problem.fused(ModuleHead(module, torch.float64, V, None)).total
     expected = problem.naive(module)
     assert_close(fused, expected)
     assert_close(problem.gradients(fused, module), problem.gradients(expected, module))
@@ -120,7 +122,7 @@ def test_module_head_equals_linear_head(k, dtype, autocast, tolerance):
     linear = head_projection(module, dtype, V, autocast)
     called = ModuleHead(module, dtype, V, autocast)
     assert isinstance(linear, LinearHead)
-    one, other = problem.fused(linear), problem.fused(called)
+    one, other = problem.fused(linear).total, problem.fused(called).total
     assert_close(one, other, rtol=tolerance, atol=0)
     for a, b in zip(problem.gradients(one, module), problem.gradients(other, module), strict=True):
         assert a.dtype == b.dtype
@@ -133,7 +135,7 @@ def test_autocast_casts_the_weight_once_and_its_gradient_back():
     assert projection.dtype == torch.bfloat16
     assert [t.dtype for t in projection.tensors] == [torch.bfloat16] * 2
     problem = Problem(dtype=torch.bfloat16)
-    problem.fused(projection).backward()
+    problem.fused(projection).total.backward()
     assert module.weight.grad.dtype == torch.float32
     assert module.weight.grad.any()
 
@@ -155,7 +157,7 @@ def test_logits_of_a_module_head_end_with_their_chunk(monkeypatch):
         outputs.append(weakref.ref(output))
 
     module.register_forward_hook(keep)
-    loss = problem.fused(ModuleHead(module, torch.float64, V, None))
+    loss = problem.fused(ModuleHead(module, torch.float64, V, None)).total
     assert len(outputs) == 4
     assert max(alive) <= 1, "logits of several chunks at a time"
     assert loss.requires_grad
