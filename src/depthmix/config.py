@@ -94,6 +94,13 @@ class MoDEConfig:
             "Training steps in which the router stands still while the late layers are distilled."
         ),
     )
+    distill_signed: bool = field(
+        default=False,
+        metadata=_help(
+            "In preference and reward training: late layers are pulled towards the last one where "
+            "an answer is rewarded and pushed away where it is not (OISD). Otherwise pulled always."
+        ),
+    )
     balance_weight: float = field(
         default=0.0,
         metadata=_help(

@@ -356,7 +356,7 @@ def test_trainer_made_before_attach_is_refused(
         trainer.train()
 
 
-def test_preference_training_runs_on_the_mixture_without_distillation(
+def test_preference_training_runs_on_the_mixture_with_distillation(
     base: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
 ) -> None:
     model = attached(base)
@@ -371,7 +371,7 @@ def test_preference_training_runs_on_the_mixture_without_distillation(
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert "distill_loss" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["distill_loss"] > 0
     assert any(p.any() for n, p in trained(model).items() if "router" in n)
 
 

@@ -37,10 +37,24 @@ class Problem:
         nn.init.normal_(self.head.weight)
         self.inputs = [self.states, self.gate, *self.head.parameters()]
 
-    def fused(self, transform=TRANSFORMS["plain"], weight=1.0, divergence="kl", late_states=None):
-        head = LinearHead(self.head.weight, self.head.bias)
+    def fused(
+        self,
+        transform=TRANSFORMS["plain"],
+        weight=1.0,
+        divergence="kl",
+        late_states=None,
+        further=False,
+    ):
         return ensemble_loss(
-            self.states, self.gate, self.labels, head, transform, weight, divergence, late_states
+            self.states,
+            self.gate,
+            self.labels,
+            LinearHead(self.head.weight, self.head.bias),
+            transform,
+            weight,
+            divergence,
+            late_states,
+            further=further,
         )
 
     def naive(self, transform=TRANSFORMS["plain"], weight=1.0, divergence="kl"):
@@ -170,17 +184,19 @@ def test_low_precision_is_as_close_as_its_rounding(monkeypatch, dtype, tolerance
 
 def test_parts_of_the_loss_a_token():
     problem = Problem()
-    loss = problem.fused(TRANSFORMS["cap"], 0.7, "js")
+    loss = problem.fused(TRANSFORMS["cap"], 0.7, "js", further=True)
     raw = problem.head(problem.states)
     logits = naive(TRANSFORMS["cap"])((problem.gate.unsqueeze(-1) * raw).sum(1))
     log_p = naive(TRANSFORMS["cap"])(raw).log_softmax(-1)
     nll = nn.functional.cross_entropy(logits, problem.labels, reduction="none")
-    assert_close(loss.cross_entropy, nll.detach())
-    assert_close(loss.divergence, reference.js(log_p[:, -1:], log_p[:, :-1]).mean(1).detach())
+    assert_close(loss.cross_entropy, nll)
+    assert_close(loss.divergence, reference.js(log_p[:, -1:], log_p[:, :-1]).mean(1))
     assert_close(loss.entropy, torch.distributions.Categorical(logits=logits.detach()).entropy())
     assert torch.equal(loss.correct, logits.argmax(-1) == problem.labels)
     assert_close(loss.total, (loss.cross_entropy + 0.7 * loss.divergence).sum())
-    parts = (loss.cross_entropy, loss.divergence, loss.entropy, loss.correct)
+    assert_close(loss.mean_logits, logits.detach().mean(-1))
+    assert_close(loss.log_sum_sq_probs, logits.detach().softmax(-1).square().sum(-1).log())
+    parts = (loss.entropy, loss.correct, loss.mean_logits, loss.log_sum_sq_probs)
     assert loss.total.requires_grad
     assert not any(part.requires_grad for part in parts)
 

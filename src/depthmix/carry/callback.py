@@ -55,6 +55,7 @@ class RoutingCallback(TrainerCallback):
         runtime.evaluation.clear()
         runtime.hold_router = False
         runtime.trainer = _kind(args)
+        runtime.temperature = _temperature(args)
         if shares_rate(kwargs["model"], kwargs["optimizer"].param_groups):
             logger.warning(
                 "MoDE's norms and router learn at the rate of the tuning method, at which they "
@@ -143,6 +144,7 @@ class RoutingCallback(TrainerCallback):
         if runtime is None:
             return
         runtime.trainer = None
+        runtime.temperature = 1.0
         runtime.hold_router = False
         runtime.statistics.clear()
         if state.is_world_process_zero:
@@ -173,6 +175,21 @@ def _kind(args: TrainingArguments) -> TrainerKind:
     if "SFTConfig" in names:
         return "sft"
     return "plain" if type(args) in (TrainingArguments, Seq2SeqTrainingArguments) else "other"
+
+
+def _temperature(args: TrainingArguments) -> float:
+    """Return what a trainer divides logits by that trains on what it has sampled.
+
+    Raises:
+        TrainingError: it is to do what the fused loss does not.
+    """
+    given: Any = args
+    if not {"GRPOConfig", "RLOOConfig"} & {cls.__name__ for cls in type(args).__mro__}:
+        return 1.0
+    for name in ("entropy_coef", "cast_lm_head_to_fp32"):
+        if getattr(given, name, None):
+            raise TrainingError(f"{name}: the loss of MoDE has none; leave it out")
+    return float(given.temperature)
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -29,22 +29,32 @@ CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class EnsembleLoss:
-    """The loss of n supervised tokens.
+    """The loss of n supervised tokens. The first three carry the graph, token by token.
 
     Attributes:
-        per_token: (n,) cross-entropy + weight x mean divergence; carries the graph, token by token.
-        cross_entropy: (n,) of the ensemble, in nats, detached.
-        divergence: (n,) mean over the late layers below the last, in nats, detached; zero where
-            nothing was distilled.
+        cross_entropy: (n,) of the ensemble, in nats.
+        distillation: (n,) weight x divergence.
+        divergence: (n,) mean over the late layers below the last, in nats; zero where nothing was
+            distilled.
         entropy: (n,) of the ensemble's prediction, in nats, detached.
         correct: (n,) whether the label is the ensemble's most likely token.
+        mean_logits: (n,) mean of the ensemble's logits over the vocabulary, detached; zero unless
+            asked for with `further`, as is the next.
+        log_sum_sq_probs: (n,) log of the sum of its squared probabilities, detached.
     """
 
-    per_token: Float[Tensor, " n"]
     cross_entropy: Float[Tensor, " n"]
+    distillation: Float[Tensor, " n"]
     divergence: Float[Tensor, " n"]
     entropy: Float[Tensor, " n"]
     correct: Tensor
+    mean_logits: Float[Tensor, " n"]
+    log_sum_sq_probs: Float[Tensor, " n"]
+
+    @property
+    def per_token(self) -> Float[Tensor, " n"]:
+        """Cross-entropy and distillation."""
+        return self.cross_entropy + self.distillation
 
     @property
     def total(self) -> Float[Tensor, ""]:
@@ -62,6 +72,7 @@ def ensemble_loss(
     divergence: Divergence = "kl",
     late_states: Float[Tensor, "n l d"] | None = None,
     distil_head: bool = True,
+    further: bool = False,
 ) -> EnsembleLoss:
     """Return the loss of MoDE (arXiv 2410.13077, section 3) and its parts.
 
@@ -89,15 +100,23 @@ def ensemble_loss(
         late_states: if given, the values of `states[:, :-1]` again, made by another graph, which
             the distillation's gradient takes instead.
         distil_head: whether the distillation's gradient reaches the head's own parameters.
+        further: measure what preference and reward training logs beside.
     """
     if late_states is None:
         late_states = states[:, :-1]
-    terms = _Terms(head, transform, distill_weight, divergence, distil_head)
-    per_token, *parts, correct = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
+    terms = _Terms(head, transform, distill_weight, divergence, distil_head, further)
+    cross_entropy, distance, entropy, correct, mean_logits, log_sum_sq = _EnsembleLoss.apply(  # type: ignore[no-untyped-call]
         states, late_states, gate, labels, terms, torch.is_grad_enabled(), *head.tensors
     )
-    cross_entropy, distance, entropy = parts
-    return EnsembleLoss(per_token, cross_entropy, distance, entropy, correct.bool())
+    return EnsembleLoss(
+        cross_entropy,
+        distill_weight * distance,
+        distance,
+        entropy,
+        correct.bool(),
+        mean_logits,
+        log_sum_sq,
+    )
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,7 @@ class _Terms:
     distill_weight: float
     divergence: Divergence
     distil_head: bool
+    further: bool
 
 
 class _EnsembleLoss(torch.autograd.Function):
@@ -132,7 +152,7 @@ class _EnsembleLoss(torch.autograd.Function):
         d_head = [_accumulator(tensor) for tensor in head_tensors]
         # One buffer for all tokens: a small tensor that outlives its chunk would lie in the middle
         # of the memory that the chunk gives back, and the allocator could not use it again.
-        values = gate.new_empty(4, len(labels))
+        values = gate.new_empty(len(_ChunkLoss.VALUES), len(labels))
         for chunk in _chunks(states, gate, labels, terms):
             values[:, chunk.rows] = chunk.loss.values
             if with_gradients:
@@ -140,30 +160,36 @@ class _EnsembleLoss(torch.autograd.Function):
                 d_states[chunk.rows], d_late = chunk.pull_back(chunk.loss.gradients, d_head)
                 if d_late is not None:
                     d_late_states[chunk.rows] = d_late
-        cross_entropy, distance, entropy, correct = values
         ctx.terms, ctx.dtype = terms, states.dtype
         again = (states, gate, labels) if any(d is not None for d in d_head) else (None,) * 3
         ctx.save_for_backward(d_states, d_late_states, d_gate, *again, *d_head)
-        ctx.mark_non_differentiable(cross_entropy, distance, entropy, correct)
-        per_token = cross_entropy + terms.distill_weight * distance
-        return per_token, cross_entropy, distance, entropy, correct
+        cross_entropy, distance, *others = values
+        ctx.mark_non_differentiable(*others)
+        return cross_entropy, distance, *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, weights: Tensor, late_weights: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         d_states, d_late_states, d_gate, states, gate, labels, *d_head = ctx.saved_tensors
-        if states is not None and bool((weights != weights[:1]).any()):
-            d_head = [_accumulator(tensor) for tensor in ctx.terms.head.tensors]
-            for chunk in _chunks(states, gate, labels, ctx.terms):
-                chunk.pull_back(chunk.loss.gradients.weighed(weights[chunk.rows]), d_head)
-        else:
+        terms: _Terms = ctx.terms
+        # The saved gradients are those of cross-entropy + weight x divergence.
+        late_weights = late_weights / (terms.distill_weight or 1.0)
+        if states is None or _alike(weights, late_weights, terms):
             every = weights[:1].sum()  # they are all this, or there is none
             d_head = [None if d is None else (d * every).to(d.dtype) for d in d_head]
-        rows = weights.view(-1, 1, 1)
+        else:
+            d_head = [_accumulator(tensor) for tensor in terms.head.tensors]
+            for chunk in _chunks(states, gate, labels, terms):
+                gradients = chunk.loss.gradients.weighed(
+                    weights[chunk.rows], late_weights[chunk.rows]
+                )
+                chunk.pull_back(gradients, d_head)
         return (
-            (d_states * rows).to(ctx.dtype),
-            (d_late_states * rows).to(ctx.dtype),
-            (d_gate * rows.squeeze(2)).to(d_gate.dtype),
+            (d_states * weights.view(-1, 1, 1)).to(ctx.dtype),
+            (d_late_states * late_weights.view(-1, 1, 1)).to(ctx.dtype),
+            (d_gate * weights.unsqueeze(1)).to(d_gate.dtype),
             None,
             None,
             None,
@@ -171,9 +197,23 @@ class _EnsembleLoss(torch.autograd.Function):
         )
 
 
+def _alike(weights: Tensor, late_weights: Tensor, terms: _Terms) -> bool:
+    """Tell whether every token weighs the same, to rounding, as far as the head is concerned."""
+    if len(weights) == 0:
+        return True
+    both = [weights, late_weights] if terms.distil_head and terms.distill_weight > 0 else [weights]
+    distance = (torch.stack(both) - weights[0]).abs().max()
+    return bool(distance <= 1e-6 * weights[0].abs())
+
+
 @dataclass(frozen=True)
 class _ChunkLoss:
-    values: Float[Tensor, "4 c"]  # cross-entropy, divergence, entropy, 1 where correct
+    VALUES: ClassVar = (
+        *("cross-entropy", "divergence", "entropy", "1 where correct"),
+        *("mean of the logits", "log of the sum of the squared probabilities"),
+    )
+
+    values: Float[Tensor, "6 c"]
     gradients: LogitGradients
     d_gate: Float[Tensor, "c k"]
 
@@ -231,6 +271,9 @@ def _chunk_loss(
     correct = label_log_p.squeeze(1) >= log_p.amax(dim=-1)
     p = log_p.exp()
     entropy = -torch.linalg.vecdot(p, log_p)
+    mean_logits = log_sum_sq = torch.zeros_like(entropy)
+    if terms.further:
+        mean_logits, log_sum_sq = logits.mean(dim=-1), torch.linalg.vecdot(p, p).log()
     d_logits = p.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(label_log_p))
     d_mixed = transform.pull_back(logits, d_logits)
     d_gate = torch.bmm(raw, d_mixed.unsqueeze(2)).squeeze(2)
@@ -245,7 +288,8 @@ def _chunk_loss(
         d_late = transform.pull_back(layer_logits[:, :-1], d_late).mul_(
             terms.distill_weight / layers
         )
-    values = torch.stack([-label_log_p.squeeze(1), distance, entropy, correct.to(entropy.dtype)])
+    found = [-label_log_p.squeeze(1), distance, entropy, correct.to(entropy.dtype)]
+    values = torch.stack([*found, mean_logits, log_sum_sq])
     return _ChunkLoss(values, LogitGradients(d_mixed, d_late), d_gate)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,6 +31,13 @@ class LogitTransform:
             return torch.tanh(raw * (self.scale / self.cap)) * self.cap
         return raw if self.scale == 1.0 else raw * self.scale
 
+    def at(self, temperature: float) -> LogitTransform:
+        """Return the transform to logits that are divided by a temperature as well."""
+        if temperature == 1.0:
+            return self
+        cap = None if self.cap is None else self.cap / temperature
+        return replace(self, scale=self.scale / temperature, cap=cap)
+
     def pull_back(self, logits: Tensor, d_logits: Tensor) -> Tensor:
         """Turn the gradient of the logits into that of the head's output, in place."""
         if self.cap is not None:
@@ -50,9 +57,11 @@ class LogitGradients:
     mixed: Float[Tensor, "c v"]
     late: Float[Tensor, "c l v"] | None
 
-    def weighed(self, weights: Float[Tensor, " c"]) -> LogitGradients:
-        """Return those of a loss in which each token has a weight of its own."""
-        late = None if self.late is None else self.late * weights.view(-1, 1, 1)
+    def weighed(
+        self, weights: Float[Tensor, " c"], late_weights: Float[Tensor, " c"]
+    ) -> LogitGradients:
+        """Return those of a loss in which each token has a weight of its own, or two."""
+        late = None if self.late is None else self.late * late_weights.view(-1, 1, 1)
         return LogitGradients(self.mixed * weights.unsqueeze(1), late)
 
 

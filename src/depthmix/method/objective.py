@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ def training_objective(
     head_scale: float,
     transform: LogitTransform,
     hold_router: bool,
+    further: bool = False,
 ) -> Objective:
     """Return the objective of the supervised tokens.
 
@@ -59,6 +61,7 @@ def training_objective(
         head_scale: constant between the final norm and the head.
         transform: what the model does to the head's output.
         hold_router: give the router a zero gradient (warm-up phase).
+        further: see `ensemble_loss`.
     """
     config = mixture.config
     states, gate = mixture.adapt(normed, hold_router)
@@ -69,7 +72,7 @@ def training_objective(
         # The same values by a graph that ends at the model's own states.
         late_states = mixture.adapt(normed.detach())[0][:, :-1] * head_scale
     tokens = _Tokens(states.to(head.dtype), late_states.to(head.dtype), gate, labels)
-    loss = _loss(config, tokens, head, transform)
+    loss = _loss(config, tokens, _Readout(head, transform, further))
     balance = (gate * gate.clamp_min(1e-30).log()).sum(dim=-1) + math.log(config.k)
     per_token = loss.per_token + config.balance_weight * balance
     return Objective(per_token, loss, gate.detach(), balance.detach())
@@ -90,53 +93,59 @@ class _Tokens:
         )
 
 
-def _loss(
-    config: MoDEConfig, tokens: _Tokens, head: HeadProjection, transform: LogitTransform
-) -> EnsembleLoss:
+@dataclass(frozen=True)
+class _Readout:
+    """What makes logits of states, and what is measured of them."""
+
+    head: HeadProjection
+    transform: LogitTransform
+    further: bool
+
+
+def _loss(config: MoDEConfig, tokens: _Tokens, readout: _Readout) -> EnsembleLoss:
     """Distil on a random fraction of the tokens; the others need their mixture projected alone.
 
     Without gradients on all of them: an evaluation draws no random number.
     """
     count = len(tokens.labels)
     if config.distill_weight == 0 or config.k == 1:
-        return _mixture_loss(tokens, head, transform)
+        return _mixture_loss(tokens, readout)
     if config.distill_fraction == 1.0 or not torch.is_grad_enabled():
-        return _layers_loss(config, tokens, config.distill_weight, head, transform)
+        return _layers_loss(config, tokens, config.distill_weight, readout)
     order = torch.randperm(count, device=tokens.labels.device)
     sampled = min(count, max(1, round(config.distill_fraction * count)))
     scale = count / max(sampled, 1)
-    distilled = _layers_loss(
-        config, tokens[order[:sampled]], config.distill_weight * scale, head, transform
-    )
-    return _join(distilled, _mixture_loss(tokens[order[sampled:]], head, transform), order, scale)
+    weight = config.distill_weight * scale
+    distilled = _layers_loss(config, tokens[order[:sampled]], weight, readout)
+    return _join(distilled, _mixture_loss(tokens[order[sampled:]], readout), order, scale)
 
 
 def _layers_loss(
-    config: MoDEConfig,
-    tokens: _Tokens,
-    weight: float,
-    head: HeadProjection,
-    transform: LogitTransform,
+    config: MoDEConfig, tokens: _Tokens, weight: float, readout: _Readout
 ) -> EnsembleLoss:
     """Cross-entropy and distillation: the head runs on all k states of a token."""
     return ensemble_loss(
         tokens.states,
         tokens.gate,
         tokens.labels,
-        head,
-        transform,
+        readout.head,
+        readout.transform,
         weight,
         config.divergence,
         tokens.late_states,
         config.distill_into == "layers",
+        readout.further,
     )
 
 
-def _mixture_loss(tokens: _Tokens, head: HeadProjection, transform: LogitTransform) -> EnsembleLoss:
+def _mixture_loss(tokens: _Tokens, readout: _Readout) -> EnsembleLoss:
     """Cross-entropy alone: the head runs once a token, on the mixture."""
+    head, transform = readout.head, readout.transform
     mixed = mix(tokens.states, tokens.gate).to(head.dtype).unsqueeze(1)
     whole = torch.ones_like(tokens.gate[:, :1])
-    return ensemble_loss(mixed, whole, tokens.labels, head, transform, distill_weight=0.0)
+    return ensemble_loss(
+        mixed, whole, tokens.labels, head, transform, distill_weight=0.0, further=readout.further
+    )
 
 
 def _join(
@@ -144,10 +153,8 @@ def _join(
 ) -> EnsembleLoss:
     """Put the tokens back in order; the sampled divergences stand for all tokens."""
     back = order.argsort()
-    return EnsembleLoss(
-        torch.cat([distilled.per_token, others.per_token])[back],
-        torch.cat([distilled.cross_entropy, others.cross_entropy])[back],
-        torch.cat([distilled.divergence * scale, others.divergence])[back],
-        torch.cat([distilled.entropy, others.entropy])[back],
-        torch.cat([distilled.correct, others.correct])[back],
-    )
+    parts = {
+        field.name: torch.cat([getattr(distilled, field.name), getattr(others, field.name)])[back]
+        for field in dataclasses.fields(EnsembleLoss)
+    }
+    return EnsembleLoss(**{**parts, "divergence": parts["divergence"] * scale})

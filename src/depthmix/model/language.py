@@ -9,7 +9,7 @@ finish           training: compute the loss and put it into the output; evaluati
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from depthmix.method.objective import Objective, training_objective
 from depthmix.model.active import require_trainable
 from depthmix.model.anatomy import Between
 from depthmix.model.forward import Forward
+from depthmix.model.fused_output import IGNORED, Supervision, fused_output
 from depthmix.model.no_logits import NoLogits
 
 if TYPE_CHECKING:
@@ -32,37 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # label of a token that is not supervised
 LOSS_LABEL = "depthmix: loss"  # what a profiler shows
-
-
-@dataclass
-class FusedLossOutput(ModelOutput):
-    """What TRL's SFTTrainer reads of a model that computes its loss: per-token values (B, T - 1).
-
-    `log_probs` is minus the training objective, so that it carries the distillation too.
-    """
-
-    loss: Tensor | None = None
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    is_top1: Tensor | None = None
-    label_mask: Tensor | None = None
-    aux_loss: Tensor | None = None
-
-
-@dataclass(eq=False)
-class _Supervision:
-    """The supervised tokens of one forward."""
-
-    targets: Int[Tensor, "b t"]  # the token each position predicts, or IGNORED
-    positions: Int[Tensor, " n"]  # of the supervised ones, in the flattened batch
-    training: bool
-    token_count: Tensor | int | None = None  # `num_items_in_batch`
-    fused: bool = False  # called by TRL with `fused_lm_head=True`
-    shifted_by_caller: bool = False
-    asks_terms: bool = False  # whether the model's own loss is asked for its other terms
-    normed: Float[Tensor, "n k d"] | None = None
 
 
 class LanguageTask:
@@ -83,20 +54,21 @@ class LanguageTask:
         host, runtime = forward.host, self.runtime
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         fused = bool(kwargs.get("fused_lm_head"))
-        # DPO, GRPO, KTO ...: their objective, on the mixture
-        theirs = fused and runtime.trainer not in (None, "sft")
-        if not host.training or theirs or (labels is None and shifted is None):
+        # DPO, GRPO, KTO ... take log-probabilities of one path alone, with a graph and without.
+        supervised = host.training or (fused and runtime.trainer == "other")
+        if not supervised or (labels is None and shifted is None):
             forward.keep = self._kept(kwargs)
             forward.task = self._evaluated(forward, labels, shifted)
             return kwargs
-        self._check(forward, kwargs, fused)
+        if host.training:
+            self._check(forward, kwargs, fused)
         if labels is not None and host.config.is_encoder_decoder:
             kwargs.update(_decoder_inputs(host, labels, kwargs))
         targets = self._targets(labels, shifted)
         positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         count = kwargs.get("num_items_in_batch")
         asks = runtime.anatomy.other_terms == "asked" and not fused
-        forward.task = _Supervision(
+        forward.task = Supervision(
             targets, positions, True, count, fused, shifted is not None, asks
         )
         taken = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
@@ -126,7 +98,7 @@ class LanguageTask:
 
     def _evaluated(
         self, forward: Forward, labels: Tensor | None, shifted: Tensor | None
-    ) -> _Supervision | None:
+    ) -> Supervision | None:
         """Return the tokens whose distillation an evaluation within a Trainer is to log."""
         if (
             (labels is None and shifted is None)
@@ -139,7 +111,7 @@ class LanguageTask:
         positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         # As many as in training, evenly: nothing random, which would change the training after it.
         every = round(1 / forward.mixture.config.distill_fraction)
-        return _Supervision(targets, positions[::every], training=False)
+        return Supervision(targets, positions[::every], training=False)
 
     def _kept(self, kwargs: dict[str, Any]) -> slice | Tensor | None:
         """Return the positions that are to be mixed, None for all."""
@@ -168,7 +140,7 @@ class LanguageTask:
         self, forward: Forward, normed: Float[Tensor, "*b k d"]
     ) -> Float[Tensor, "*b d"] | None:
         """Keep the states of the supervised tokens; return the mixture of all outside training."""
-        task: _Supervision | None = forward.task
+        task: Supervision | None = forward.task
         if task is None:
             return self.runtime.mix(forward, normed)
         forward.note_autocast(normed.device.type)
@@ -180,7 +152,7 @@ class LanguageTask:
 
     def finish(self, forward: Forward, output: Any) -> Any:
         """Set the loss of a training forward; measure that of an evaluation."""
-        supervision: _Supervision | None = forward.task
+        supervision: Supervision | None = forward.task
         if supervision is None:
             return None
         training = supervision.training
@@ -189,22 +161,24 @@ class LanguageTask:
             torch.set_grad_enabled(training and torch.is_grad_enabled()),
         ):
             objective = self._objective(forward, supervision)
-        self.runtime.figures(training).add(
-            objective.gate, objective.loss.cross_entropy, objective.loss.divergence
-        )
+        beyond = self.runtime.trainer == "other"  # whose references are no training
+        if torch.is_grad_enabled() or not beyond:
+            loss = objective.loss
+            self.runtime.figures(training).add(objective.gate, loss.cross_entropy, loss.divergence)
         if not training:
             return None
         if supervision.fused:
-            return _fused_output(objective, supervision, output)
+            signed = forward.mixture.config.distill_signed
+            return fused_output(objective, supervision, output, beyond, signed)
         return _with_loss(forward, objective, supervision, output)
 
-    def _objective(self, forward: Forward, supervision: _Supervision) -> Objective:
+    def _objective(self, forward: Forward, supervision: Supervision) -> Objective:
         normed, anatomy, host = supervision.normed, self.runtime.anatomy, forward.host
         if normed is None:
             raise DepthmixError("the final norm did not run in this forward")
         head: Any = host.get_output_embeddings()
         targets = supervision.targets.to(normed.device).flatten()
-        transform = anatomy.logit_transform
+        transform = anatomy.logit_transform.at(self.runtime.temperature)
         if anatomy.output_bias_path is not None:
             bias: Any = host.get_submodule(anatomy.output_bias_path.rpartition(".")[0])
             bias = getattr(bias, anatomy.output_bias_path.rpartition(".")[2])
@@ -217,11 +191,12 @@ class LanguageTask:
             anatomy.head_scale,
             transform,
             self.runtime.hold_router,
+            further=self.runtime.trainer == "other",
         )
 
 
 def _with_loss(
-    forward: Forward, objective: Objective, supervision: _Supervision, output: Any
+    forward: Forward, objective: Objective, supervision: Supervision, output: Any
 ) -> Any:
     """Put the mean loss, and the model's other terms, into the output of a training forward."""
     count = supervision.token_count
@@ -262,22 +237,3 @@ def _decoder_inputs(
         shift = vars(sys.modules[type(host).__module__])["shift_tokens_right"]
         inputs = shift(labels, host.config.pad_token_id, host.config.decoder_start_token_id)
     return {"decoder_input_ids": inputs}
-
-
-def _fused_output(objective: Objective, supervision: _Supervision, output: Any) -> FusedLossOutput:
-    targets, positions = supervision.targets, supervision.positions
-
-    def spread(values: Tensor) -> Tensor:
-        """Put one value a supervised token back to its place in the batch."""
-        flat = values.new_zeros(targets.numel())
-        return flat.index_copy(0, positions.to(values.device), values).view(targets.shape)
-
-    fields = {
-        "log_probs": -spread(objective.per_token),
-        "entropy": spread(objective.loss.entropy),
-        "is_top1": spread(objective.loss.correct),
-        "label_mask": targets != IGNORED,
-    }
-    if not supervision.shifted_by_caller:
-        fields = {name: value[:, :-1] for name, value in fields.items()}
-    return FusedLossOutput(aux_loss=output.get("aux_loss"), **fields)

@@ -21,7 +21,7 @@ from depthmix.errors import DiscoveryError
 from depthmix.method.head import LogitTransform
 from depthmix.method.mixture import MODULE_NAME, DepthMixture
 from depthmix.model.anatomy import OtherTerms
-from depthmix.model.language import IGNORED
+from depthmix.model.fused_output import IGNORED
 from depthmix.model.partitioned import runnable
 from depthmix.model.probing import describe, evaluating, probe_inputs, run_probe
 

@@ -80,6 +80,7 @@ class Runtime:
         self.evaluation = Statistics(anatomy.layer_indices)
         self.hold_router = False
         self.trainer: TrainerKind | None = None
+        self.temperature = 1.0  # of the logits in a trainer that samples
         self.traced: Forward | None = None  # the current forward while it is being compiled
         parameters = inspect.signature(type(host).forward).parameters
         self.forward_names = list(parameters)[1:]

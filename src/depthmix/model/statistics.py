@@ -33,8 +33,8 @@ class Statistics:
         self.forwards += torch.is_grad_enabled()
         parts = [
             torch.full_like(gate[:, 0], 1.0),
-            cross_entropy,
-            divergence,
+            cross_entropy.detach(),
+            divergence.detach(),
             -(gate * gate.clamp_min(1e-30).log()).sum(dim=-1),
             *gate.unbind(dim=-1),
         ]
