@@ -87,8 +87,8 @@ def weighed_by_the_caller(objective: Objective, signed: bool) -> Float[Tensor, "
 
     A caller that takes `-A_t log p_t` as its loss then adds `A_t distillation_t` if it is signed:
     late layers are pulled towards the last one on tokens of good answers and pushed away on those
-    of bad ones (OISD, arXiv 2605.29089). Otherwise every token's distillation, like the balance of the
-    router, weighs what tokens weigh on average.
+    of bad ones (OISD, arXiv 2605.29089). Otherwise every token's distillation, like the balance of
+    the router, weighs what tokens weigh on average.
     """
     loss = objective.loss
     log_p, balance = -loss.cross_entropy, objective.per_token - loss.per_token
