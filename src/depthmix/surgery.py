@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from depthmix.carry.adapters import (
-    carry,
     describe_in,
     description,
     read_peft_config,
     with_mode,
     without_mode,
+    wrap_mixture,
 )
 from depthmix.carry.callback import watch_trainers
 from depthmix.carry.checkpoint import Checkpoint, check_fingerprint, fingerprint
@@ -91,7 +91,7 @@ def attach(
             tuned = config.k if late_layers_only else tuned_layers
             model = _tuned(host, peft_config, anatomy, tuned)
         elif carried and isinstance(model, PeftModel):
-            carry(model)
+            wrap_mixture(model)
     watch_trainers()
     if carried and isinstance(model, PeftModel):
         refuse_hotswap()

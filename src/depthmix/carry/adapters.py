@@ -25,7 +25,7 @@ DESCRIPTION_KEY = "load_with_depthmix.load"
 _DESCRIPTION = "depthmix_description"  # attribute of a configuration
 
 
-def carry(model: PeftModel) -> None:
+def wrap_mixture(model: PeftModel) -> None:
     """Wrap the MoDE that was just attached inside `model`, for every adapter it has."""
     for name, config in model.peft_config.items():
         with_mode(config)

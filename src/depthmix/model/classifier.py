@@ -40,14 +40,14 @@ class ClassifierTask:
         if forward.host.training:
             require_trainable(forward.host, forward.mixture)
         if forward.host.training or self.runtime.trainer is not None:
-            forward.task = _Seen()
+            forward.task = _HeadCall()
         return kwargs
 
     def select(self, _forward: Forward, states: Tensor) -> Tensor:
         """Return all rows."""
         return states
 
-    def receive(self, forward: Forward, normed: Float[Tensor, "*b k d"]) -> Float[Tensor, "*b d"]:
+    def combine(self, forward: Forward, normed: Float[Tensor, "*b k d"]) -> Float[Tensor, "*b d"]:
         """Return the mixture, and keep the states for the distillation."""
         if forward.task is not None:
             forward.task.normed = normed
@@ -62,17 +62,17 @@ class ClassifierTask:
 
     def finish(self, forward: Forward, output: Any) -> Any:
         """Add distillation and balance to the loss of a training forward, and measure them."""
-        seen: _Seen | None = forward.task
-        if seen is None:
+        call: _HeadCall | None = forward.task
+        if call is None:
             return None
         loss, scores = output[:2] if isinstance(output, tuple) else (output.loss, output.logits)
-        seen.complete = True
+        call.complete = True
         dtype, device_type = forward.autocast, loss.device.type
         with (
             record_function(LOSS_LABEL),
             torch.autocast(device_type, dtype=dtype, enabled=dtype is not None),
         ):
-            further = self._further_loss(forward, seen, seen.picked(scores), loss.detach())
+            further = self._further_loss(forward, call, call.picked(scores), loss.detach())
         if not forward.host.training:
             return None
         loss = loss + further
@@ -81,14 +81,14 @@ class ClassifierTask:
         return (loss, *output[1:])
 
     def _further_loss(
-        self, forward: Forward, seen: _Seen, normed: Float[Tensor, "b k d"], loss: Tensor
+        self, forward: Forward, call: _HeadCall, normed: Float[Tensor, "b k d"], loss: Tensor
     ) -> Float[Tensor, ""]:
         """Return the means of lambda x distillation and of balance_weight x balance over rows."""
         mixture, config = forward.mixture, forward.mixture.config
         several = forward.host.config.problem_type == "multi_label_classification"
 
         def divergence_of(states: Tensor) -> Float[Tensor, " b"]:
-            scores = seen.head(states.to(normed.dtype)).float()
+            scores = call.head(states.to(normed.dtype)).float()
             return distillation(scores, config.divergence, several)
 
         states, gate = mixture.adapt(normed, self.runtime.hold_router)
@@ -104,7 +104,7 @@ class ClassifierTask:
         return (config.distill_weight * divergence + config.balance_weight * balance).mean()
 
 
-class _Seen:
+class _HeadCall:
     """What passed the head in one training forward."""
 
     normed: Float[Tensor, "b *t k d"]

@@ -1,7 +1,7 @@
 """`LanguageTask`: a model with a language-modelling head, whose loss MoDE sets in training.
 
 begin            in training with labels: take them, so that no logits are made
-select, receive  inference: return the mixture; training: keep the supervised tokens
+select, combine  inference: return the mixture; training: keep the supervised tokens
 finish           training: compute the loss and put it into the output; evaluation within a
                  Trainer: measure the loss of some tokens, for its logs
 """
@@ -136,7 +136,7 @@ class LanguageTask:
             return states
         return _rows(states, forward.task.positions)
 
-    def receive(
+    def combine(
         self, forward: Forward, normed: Float[Tensor, "*b k d"]
     ) -> Float[Tensor, "*b d"] | None:
         """Keep the states of the supervised tokens; return the mixture of all outside training."""

@@ -73,7 +73,7 @@ class NormPath:
             normed = [
                 self._normed(forward, norm, task.select(forward, s), args, kwargs) for s in late
             ]
-            mixed = task.receive(
+            mixed = task.combine(
                 forward, torch.stack([*normed, task.select(forward, last)], dim=-2)
             )
         if mixed is None:
@@ -135,7 +135,7 @@ class StackedPath:
         task = self.runtime.task
         with record_function(MIXTURE_LABEL):
             normed = args[0].unflatten(0, (forward.mixture.config.k, -1)).movedim(0, -2)
-            mixed = task.receive(forward, task.select(forward, normed))
+            mixed = task.combine(forward, task.select(forward, normed))
         return normed[:, :1, -1] if mixed is None else mixed
 
 

@@ -48,7 +48,7 @@ class Task(Protocol):
         """Return those rows of the states, (b, t, ...), that are wanted in this forward."""
         ...
 
-    def receive(
+    def combine(
         self, forward: Forward, normed: Float[Tensor, "*b k d"]
     ) -> Float[Tensor, "*b d"] | None:
         """Take the selected states; return their mixture, or None if the model needs none."""
