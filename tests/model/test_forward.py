@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, ShadowConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import GenerationConfig
@@ -252,13 +252,46 @@ def test_hidden_states_of_stacked_models_have_the_batch_s_rows(build_model):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_replaced_arguments_are_refused():
-    model, _ = causal()
+@pytest.mark.parametrize("build_model", BUILDERS)
+def test_arguments_that_another_library_replaces(build_model):
+    """Inference goes on where the trunk makes the mixture; otherwise it is refused."""
+    model, inputs = build_model()
+    expected = model(input_ids=IDS).logits
     handle = model.register_forward_pre_hook(lambda _m, a, k: (a, dict(k)), with_kwargs=True)
+    if build_model is causal:
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    else:
+        with pytest.raises(DepthmixError, match="prepend=True"):
+            model(input_ids=IDS)
     with pytest.raises(DepthmixError, match="prepend=True"):
-        model(input_ids=IDS)
+        model.train()(**inputs)
     handle.remove()
-    assert model(input_ids=IDS).logits.shape[-1] == VOCABULARY
+    assert torch.equal(model.eval()(input_ids=IDS).logits, expected)
+
+
+def test_a_tuning_method_that_changes_the_arguments_generates():
+    """ShadowPEFT does so with a cache, from the second token on."""
+    shadow = ShadowConfig(task_type="CAUSAL_LM", r=2, shadow_num_hidden_layers=1)
+    model = depthmix.attach(tiny_model("llama"), depthmix.MoDEConfig(**PLAIN), shadow).eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with depthmix.routing(model) as record:
+        cached = model.generate(input_ids=IDS, **options)
+    assert len(record.gates) == 5
+    assert torch.equal(cached, model.generate(input_ids=IDS, use_cache=False, **options))
+
+
+def test_layers_that_were_replicated_since_are_refused():
+    model, _ = causal()
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(
+            target_modules=["q_proj"],
+            layer_replication=[(0, 4), (2, 4)],
+            modules_to_save=["depthmix"],
+        ),
+    )
+    with pytest.raises(DepthmixError, match=r"had 4 layers .* and has 6 now"):
+        wrapped(input_ids=IDS)
 
 
 def test_two_models_in_one_another():

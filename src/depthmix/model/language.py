@@ -23,7 +23,6 @@ from depthmix.errors import DepthmixError, TrainingError
 from depthmix.method.head import head_projection
 from depthmix.method.objective import Objective, training_objective
 from depthmix.model.active import require_trainable
-from depthmix.model.anatomy import Between
 from depthmix.model.forward import Forward
 from depthmix.model.fused_output import IGNORED, Supervision, fused_output
 from depthmix.model.no_logits import NoLogits
@@ -42,12 +41,7 @@ class LanguageTask:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         # What belongs to the head, not to the trunk, gets only the positions that are to be kept.
-        anatomy, host = runtime.anatomy, runtime.host
-        in_trunk = (anatomy.norm_path or anatomy.layers_path).startswith(
-            f"{host.base_model_prefix}."
-        )
-        self._trunk_sees_all = in_trunk and anatomy.between is not Between.MODULES
-        self._takes_kept = "logits_to_keep" in runtime.forward_names and self._trunk_sees_all
+        self._takes_kept = "logits_to_keep" in runtime.forward_names and runtime.path.within_trunk
 
     def begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take the labels out of a training forward, for which `finish` sets the loss."""

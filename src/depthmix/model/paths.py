@@ -26,7 +26,13 @@ MIXTURE_LABEL = "depthmix: mixture"  # what a profiler shows
 
 
 class Path(Protocol):
-    """What a path of the late states offers."""
+    """What a path of the late states offers.
+
+    Attributes:
+        within_trunk: whether the trunk, the model without its head, makes the mixture.
+    """
+
+    within_trunk: bool
 
     def install(self) -> list[Any]:
         """Put its hooks on; return their handles."""
@@ -42,6 +48,8 @@ class NormPath:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        place = runtime.anatomy.norm_path or runtime.anatomy.layers_path
+        self.within_trunk = place.startswith(f"{runtime.host.base_model_prefix}.")
 
     def install(self) -> list[Any]:
         """Put the hook on the final norm, or on the last layer where there is none."""
@@ -106,6 +114,8 @@ class NormPath:
 
 class StackedPath:
     """The late states pass what lies between as one batch; hooks stack them and mix them."""
+
+    within_trunk = False
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime

@@ -159,7 +159,17 @@ class Runtime:
         mixture = self.mixture(host)
         if mixture is None or (mixture.config.k == 1 and not host.training):
             return None
+        self._require_layers()
         return forwards.begin(self, host, mixture, whole)
+
+    def _require_layers(self) -> None:
+        """Raise where layers were added or taken away since the model was looked at."""
+        layers: Any = self.host.get_submodule(self.anatomy.layers_path)
+        if len(layers) != self.anatomy.layer_count:
+            raise DepthmixError(
+                f"{self.anatomy.layers_path} had {self.anatomy.layer_count} layers when MoDE was "
+                f"attached, and has {len(layers)} now (layer_replication?): change the layers first"
+            )
 
     def on_layer(self, place: int, _layer: nn.Module, _args: Any, output: Any) -> None:
         """Keep the state of a late layer, and whether it was made with a graph."""
@@ -179,7 +189,12 @@ class Runtime:
         if forward is not None:
             given = self.task.finish(forward, output)
             return without_stack(forward, output if given is None else given)
-        if not torch.compiler.is_compiling() and self._new(host, whole=True) is not None:
+        # A hook of another library has replaced the arguments, and the forward ended with them. The
+        # trunk has begun one of its own, which is all that inference needs of it.
+        served_by_trunk = self.path.within_trunk and not host.training
+        if torch.compiler.is_compiling() or served_by_trunk:
+            return None
+        if self._new(host, whole=True) is not None:
             raise DepthmixError(
                 "a forward pre-hook of another library has replaced the model's arguments after "
                 "MoDE's own: register it with prepend=True"
