@@ -1,8 +1,11 @@
 """Set-up of all tests: offline, one thread, shapes checked at run time, a fixed seed."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="depthmix-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,6 +24,11 @@ install_import_hook("depthmix", "beartype.beartype")
 torch.set_num_threads(1)
 settings.register_profile("depthmix", deadline=None, derandomize=True, database=None)
 settings.load_profile("depthmix")
+
+
+def pytest_unconfigure():
+    """Remove what `datasets` has cached."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

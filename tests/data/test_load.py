@@ -147,7 +147,7 @@ def test_format_and_text_field_can_be_named(tmp_path):
         (QUESTION, {"question": "?", "answer": None}, "field answer is missing"),
         ({"messages": CHAT}, {"messages": []}, "field messages must be a list of messages"),
         ({"messages": CHAT}, {"messages": CHAT[:1]}, "holds no answer of the assistant"),
-        ({"messages": CHAT}, {"messages": ["hi"]}, "message 1 must be an object"),
+        ({"messages": CHAT}, {"messages": ["hi"]}, "message 1: must be an object"),
         ({"messages": CHAT}, {"messages": [{"role": "user"}]}, "message 1: field content is miss"),
     ],
 )
@@ -194,17 +194,22 @@ def test_bytes_that_are_no_text(tmp_path):
 
 def test_csv_problems_name_the_line(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text("prompt,completion\na,b\nc\nd,e,f\n")
-    with pytest.raises(DataError) as raised:
-        load_data([str(path)])
-    assert "line 3: field completion is missing" in str(raised.value)
-    assert "line 4: more cells than the header has columns" in str(raised.value)
+    for text, complaint in (
+        ('prompt,completion\n"a\nb",c\n\nd\n', "line 5: field completion is empty"),
+        ("prompt,completion\na,b\nc\nd,e,f\n", "line 4: more cells than the header has columns"),
+        ("prompt,completion\na,b,c\nd,e,f\n", "line 2: more cells than the header has columns"),
+        ("prompt,prompt\na,b\n", "line 1: the column 'prompt' is named twice"),
+        ('prompt,completion\na,"b\n', "not valid CSV: .* EOF inside string"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=rf"rows\.csv: {complaint}"):
+            load_data([str(path)])
 
 
 def test_a_broken_parquet_file(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"rows.parquet: not a parquet file"):
+    with pytest.raises(DataError, match=r"rows.parquet: not a parquet file: "):
         load_data([str(path)])
 
 

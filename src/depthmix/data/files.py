@@ -1,124 +1,155 @@
-"""Files and hub data sets as rows, each with its place; one reader a type of file."""
+"""Sources: what a name stands for, and its rows, each with its place."""
 
 from __future__ import annotations
 
-import csv
-import json
+import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from depthmix.data.gym import gym_rows, is_gym
+from depthmix.data.readers import (
+    READERS,
+    Reader,
+    as_it_is,
+    numbered,
+    reader_of,
+    suffix,
+    without_nulls,
+)
+from depthmix.data.splits import Piece, pieces
 from depthmix.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Item(NamedTuple):
-    """A row as it was read, and where; a line that cannot be read is a DataError."""
+    """A row as it was read; a line that cannot be read is a DataError.
 
-    source: str
-    position: str  # "line 3", or "row 3" where lines say nothing
+    `place()` gives file and position, such as "line 3": found when asked for, which takes time.
+    """
+
     row: Any
+    place: Callable[[], tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that one reader has read.
+
+    Attributes:
+        names: the files, or the one name of what is no file.
+        reader: how they are read.
+        rows: what `datasets` made of them.
+    """
+
+    names: tuple[str, ...]
+    reader: Reader
+    rows: Dataset
+
+    def place(self, index: int) -> tuple[str, str]:
+        """Return the file and the position in it of a row. The files are read once more."""
+        for name in self.names[:-1]:
+            length = len(self.reader.load([name]))
+            if index < length:
+                return name, self.reader.position(name, index)
+            index -= length
+        return self.names[-1], self.reader.position(self.names[-1], index)
+
+    def items(self) -> Iterator[Item]:
+        """Yield the rows as they were written."""
+        for index, raw in enumerate(self.rows):
+            row = self.reader.read(raw)
+            if row is not None:
+                yield Item(row, partial(self.place, index))
 
 
 def read_items(source: Sequence[str], split: str, config: str | None) -> Iterator[Item]:
-    """Yield the rows of files, folders, a generator of reasoning-gym or a hub data set.
+    """Yield the rows of files, folders, generators of reasoning-gym or hub data sets.
 
     Raises:
-        DataError: a source is missing or of an unknown type.
+        DataError: a source is missing, of an unknown type, or cannot be read.
     """
-    if len(source) == 1 and is_gym(source[0]):
-        yield from (Item(source[0], *numbered) for numbered in _numbered(gym_rows(source[0])))
-        return
-    if len(source) == 1 and not Path(source[0]).exists() and _suffix(source[0]) not in _READERS:
-        yield from _hub_items(source[0], split, config)
-        return
-    for path in chain.from_iterable(_files(Path(name), split) for name in source):
-        reader = _READERS.get(_suffix(path.name))
-        if reader is None:
-            raise DataError(f"{path}: expected a file of type {', '.join(_READERS)}")
-        try:
-            for position, row in reader(path):
-                yield Item(str(path), position, row)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from error
+    for name in source:
+        if is_gym(name):
+            rows = list(gym_rows(name))
+            items = [Item(row, partial(_place_in, name, n)) for n, row in enumerate(rows)]
+            yield from (items[index] for piece in pieces(split) for index in piece.of(len(items)))
+            continue
+        for piece, parts in read_parts(name, split, config):
+            items = [item for part in parts for item in part.items()]
+            yield from (items[index] for index in piece.of(len(items)))
 
 
-def _files(path: Path, split: str) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    named = re.compile(rf"{re.escape(split)}([-_.].*)?")
-    found = sorted(
-        p for p in path.iterdir() if named.fullmatch(p.stem) and _suffix(p.name) in _READERS
-    )
+def _place_in(name: str, index: int) -> tuple[str, str]:
+    return name, numbered(name, index)
+
+
+def read_parts(name: str, split: str, config: str | None) -> Iterator[tuple[Piece, list[Part]]]:
+    """Yield every piece of a split with the parts that it is a piece of.
+
+    Raises:
+        DataError: as `read_items`.
+    """
+    if _is_hub(name):
+        yield Piece(split), [_hub_part(name, split, config)]
+        return
+    for piece in pieces(split):
+        if is_gym(name):
+            yield piece, [_gym_part(name)]
+        else:
+            yield piece, list(_file_parts(_files(name, piece.split)))
+
+
+def _file_parts(files: list[str]) -> Iterator[Part]:
+    readers = [reader_of(file) for file in files]
+    for _, group in groupby(zip(files, readers, strict=True), key=_together):
+        names, (reader, *_) = zip(*group, strict=True)
+        yield Part(names, reader, reader.load(names))
+
+
+def _together(read: tuple[str, Reader]) -> object:
+    """Tell files that one call reads: those of one type, but an array of JSON by itself."""
+    file, reader = read
+    return reader if suffix(file) != ".json" else file
+
+
+def _files(name: str, split: str) -> list[str]:
+    """Return the files that a name stands for: itself, those of a folder or of a pattern."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _files_in(path, split)
+    if path.exists():
+        return [str(path)]
+    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns, too
+    if found:
+        return found
+    raise DataError(f"{path}: No such file or directory")
+
+
+def _files_in(folder: Path, split: str) -> list[str]:
+    named = re.compile(rf"{re.escape(split)}([-_.].*)?\.[^.]+")
+    files = (path for path in folder.iterdir() if suffix(path.name) in READERS)
+    found = sorted(str(path) for path in files if named.fullmatch(path.name))
     if not found:
-        raise DataError(f"{path}: no file {split}.* of type {', '.join(_READERS)}")
+        raise DataError(
+            f"{folder}: no file {split}.* of type {', '.join(READERS)}; give files of other names "
+            f"as a pattern: '{folder}/*.jsonl'"
+        )
     return found
 
 
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
+def _is_hub(name: str) -> bool:
+    here = Path(name).expanduser().exists() or glob.has_magic(name)
+    return not (is_gym(name) or here or suffix(name) in READERS)
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, object]]:
-    """Read a JSON array; a file that does not begin with `[` holds one object a line."""
-    with path.open("rb") as file:
-        start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _read_lines(path)
-        return
-    try:
-        rows = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8") from error
-    yield from _numbered(rows)
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _parse_line(line)
-
-
-def _parse_line(line: bytes) -> object:
-    try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-    except json.JSONDecodeError as error:
-        return DataError(f"not valid JSON: {error.msg} at column {error.colno}")
-    except UnicodeDecodeError:
-        return DataError("not UTF-8")
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                surplus = None in row
-                problem = DataError("more cells than the header has columns")
-                yield f"line {reader.line_num}", problem if surplus else row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path}: line {reader.line_num + 1}: not valid CSV: {error}"
-            ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from _numbered(row for batch in file.iter_batches() for row in batch.to_pylist())
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {error}") from error
-
-
-def _hub_items(name: str, split: str, config: str | None) -> Iterator[Item]:
+def _hub_part(name: str, split: str, config: str | None) -> Part:
     from datasets import load_dataset
 
     try:
@@ -127,18 +158,16 @@ def _hub_items(name: str, split: str, config: str | None) -> Iterator[Item]:
         raise DataError(
             f"data set {name!r} is neither a file or folder here nor readable from the hub: {error}"
         ) from error
-    for position, row in _numbered(rows):
-        yield Item(f"{name} ({split})", position, row)
+    return Part((f"{name} ({split})",), Reader(_nothing, without_nulls, numbered), rows)
 
 
-def _numbered(rows: Iterable[object]) -> Iterator[tuple[str, object]]:
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
+def _gym_part(name: str) -> Part:
+    from datasets import Dataset
+
+    kept = ("question", "answer")
+    rows = Dataset.from_list([{key: row[key] for key in kept} for row in gym_rows(name)])
+    return Part((name,), Reader(_nothing, as_it_is, numbered), rows)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_lines,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _nothing(_files: Sequence[str]) -> Dataset:
+    raise NotImplementedError("has no files")

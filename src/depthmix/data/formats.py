@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from depthmix.data.fields import Row, kind, text
+from depthmix.data.messages import chat, chat_completion, content_kinds, sharegpt
 from depthmix.data.template import TEMPLATES, Template
 from depthmix.errors import DataError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,29 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The names of columns that can be given other ones; those of TRL by default."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    text: str = "text"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the first row tells of all.
+
+    Attributes:
+        columns: where the fields stand.
+        parts: role -> whether its messages' content comes as parts.
+    """
+
+    columns: Columns = Columns()
+    parts: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Format:
     """A kind of rows.
 
@@ -40,27 +64,44 @@ class Format:
             prompts already.
         read: what makes a question of a row; None where there is no question.
         convert: what makes TRL's columns of a row that needs no template.
+        made: TRL's columns; where it is empty, that of the text.
     """
 
     columns: tuple[str, ...]
     template: str | None = None
     read: Callable[[Row], Question] | None = None
-    convert: Callable[[Row], Row] | None = None
+    convert: Callable[[Row, Shape], Row] | None = None
+    made: tuple[str, ...] = ("prompt", "completion")
 
-    def training_row(self, row: Row, template: str | None) -> Row:
+    def training_row(self, row: Row, template: str | None, shape: Shape | None = None) -> Row:
         """Return TRL's columns, every field checked.
 
         Raises:
             DataError: a field is missing or empty; says which.
         """
         if self.convert is not None:
-            return self.convert(row)
+            return self.convert(row, shape or Shape())
         assert self.read is not None
         question, form = self.read(row), self.template_named(template)
-        if question.solution is None:
+        if question.solution is None or _is_nan(question.solution):
             raise DataError(f"field {self.columns[1]} is empty: there is nothing to learn")
         prompt = form.prompt(question.instruction, question.context)
         return {"prompt": prompt, "completion": form.completion(question.solution)}
+
+    def question(self, row: Row) -> Question:
+        """Return a row to score on.
+
+        Raises:
+            DataError: a field is missing or empty, or there is no answer to score by.
+        """
+        assert self.read is not None
+        question = self.read(row)
+        if not question.answer or _is_nan(question.answer):
+            raise DataError(
+                f"there is no answer to score by: {' and '.join(self.columns[1:])} (or a field "
+                f"answer) must hold one, not {question.answer or 'nothing'}"
+            )
+        return question
 
     def template_named(self, name: str | None) -> Template:
         """Return the template of that name, or this format's own."""
@@ -94,64 +135,93 @@ def _mawps(row: Row) -> Question:
     question, equation = text(row, "original_text").strip(), text(row, "equation")
     answer = row.get("ans")
     try:
-        result = f"{float(answer):.12g}"  # type: ignore[arg-type]  # the upstream file has both
+        number = float(answer)  # type: ignore[arg-type]  # the upstream file has both
     except (TypeError, ValueError):
         raise DataError(f"field ans must be a number, not {kind(answer)}") from None
+    if not math.isfinite(number):
+        raise DataError(f"field ans must be a number, not {number}")
+    result = f"{number:.12g}"
     expression = re.sub(r"^[xX]=|(?<=\d)\.0\b", "", equation.strip())
     return Question(question, "", f"{expression} = {result}", result)
+
+
+def _is_nan(text: str) -> bool:
+    """Whether a text is what a table without a value was written as."""
+    return text.lower() == "nan"
 
 
 # What turns a row into TRL's columns
 
 
-def _prompt_completion(row: Row) -> Row:
-    prompt = text(row, "prompt", may_be_empty=True)
-    return {"prompt": prompt, "completion": text(row, "completion")}
+def _prompt_completion(row: Row, shape: Shape) -> Row:
+    prompt = text(row, shape.columns.prompt, may_be_empty=True)
+    return {"prompt": prompt, "completion": text(row, shape.columns.completion)}
 
 
-def _chat_completion(row: Row) -> Row:
-    return {
-        "prompt": _messages(row, "prompt"),
-        "completion": _answered(_messages(row, "completion"), "completion"),
-        **_tools(row),
-    }
+def _chat_completion(row: Row, shape: Shape) -> Row:
+    return chat_completion(row, shape.columns.prompt, shape.columns.completion, shape.parts)
 
 
-def _chat(row: Row) -> Row:
-    return {"messages": _answered(_messages(row, "messages"), "messages"), **_tools(row)}
+def _chat(row: Row, shape: Shape) -> Row:
+    return chat(row, shape.columns.messages, shape.parts)
 
 
-def text_format(field: str) -> Format:
-    """Return the format of rows whose text stands in a column of that name."""
-    return Format((field,), convert=lambda row: {field: text(row, field)})
+def _text(row: Row, shape: Shape) -> Row:
+    return {shape.columns.text: text(row, shape.columns.text)}
 
+
+# Beside the messages, what the chat template takes.
+EXTRAS = ("tools", "chat_template_kwargs")
+_PAIR = ("prompt", "completion")
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), convert=_chat),
-    "chat_completion": Format(("prompt", "completion"), convert=_chat_completion),
-    "prompt_completion": Format(("prompt", "completion"), convert=_prompt_completion),
+    "messages": Format(("messages",), convert=_chat, made=("messages", *EXTRAS)),
+    "sharegpt": Format(
+        ("conversations",), convert=lambda row, _: sharegpt(row), made=("messages", *EXTRAS)
+    ),
+    "chat_completion": Format(_PAIR, convert=_chat_completion, made=(*_PAIR, *EXTRAS)),
+    "prompt_completion": Format(_PAIR, convert=_prompt_completion),
     "alpaca": Format(("instruction", "output"), "alpaca", read=_alpaca),
     "question": Format(("question", "answer"), "question", read=_question),
     "mawps": Format(("original_text", "equation", "ans"), "question", read=_mawps),
-    "text": text_format("text"),
+    "text": Format(("text",), convert=_text, made=()),
 }
 
 
-def recognise(row: Any, text_field: str) -> str | None:
+def recognise(row: Any, columns: Columns) -> str | None:
     """Return the name of the format that a row's columns tell, or None."""
-    columns = set(row) if isinstance(row, dict) else set()
-    for name, format in FORMATS.items():
-        required = (text_field,) if name == "text" else format.columns
-        if set(required) <= columns:
-            if name == "chat_completion" and not isinstance(row["prompt"], list):
+    found = set(row) if isinstance(row, dict) else set()
+    for name in _candidates(columns):
+        if set(required(name, columns)) <= found:
+            if name == "chat_completion" and not isinstance(row[columns.prompt], list):
                 continue
             return name
     return None
 
 
+def _candidates(columns: Columns) -> list[str]:
+    """Return the formats that columns of the user's choice leave."""
+    if columns.messages != "messages":
+        return ["messages"]
+    if (columns.prompt, columns.completion) != _PAIR:
+        return ["chat_completion", "prompt_completion"]
+    return list(FORMATS)
+
+
+def required(format: str, columns: Columns) -> tuple[str, ...]:
+    """Return the columns that a row of a format has, under the names that they were given."""
+    named = {name: getattr(columns, name) for name in ("prompt", "completion", "messages", "text")}
+    return tuple(named.get(name, name) for name in FORMATS[format].columns)
+
+
+def shape_of(row: Row, format: str, columns: Columns) -> Shape:
+    """Return what the first row tells of the others."""
+    return Shape(columns, content_kinds(row, required(format, columns)))
+
+
 def conversational(format: str) -> bool:
     """Whether rows of this format need the tokenizer's chat template."""
-    return format in ("messages", "chat_completion")
+    return format in ("messages", "sharegpt", "chat_completion")
 
 
 def prompt_for(instruction: str, format: str, template: str | None = None) -> str:
@@ -159,51 +229,3 @@ def prompt_for(instruction: str, format: str, template: str | None = None) -> st
     if FORMATS[format].read is None:
         return instruction
     return FORMATS[format].template_named(template).prompt(instruction)
-
-
-def text(row: Row, field: str, *, may_be_empty: bool = False) -> str:
-    """Return a text field of a row; a `DataError` names what is wrong with it."""
-    value = row.get(field)
-    if value is None:
-        raise DataError(f"field {field} is missing")
-    if not isinstance(value, str):
-        raise DataError(f"field {field} must be a text, not {kind(value)}")
-    if not value.strip() and not may_be_empty:
-        raise DataError(f"field {field} is empty")
-    return value
-
-
-def _messages(row: Row, field: str) -> list[Row]:
-    value = row.get(field)
-    if value is None:
-        raise DataError(f"field {field} is missing")
-    if not isinstance(value, list) or not value:
-        raise DataError(f"field {field} must be a list of messages, not {kind(value)}")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise DataError(f"field {field}: message {number} must be an object")
-        try:
-            text(message, "role")
-            if not message.get("tool_calls"):
-                text(message, "content", may_be_empty=True)
-        except DataError as problem:
-            raise DataError(f"field {field}: message {number}: {problem}") from None
-    return value
-
-
-def _answered(messages: list[Row], field: str) -> list[Row]:
-    """Require something to learn from: an assistant's message that is not empty."""
-    for message in messages:
-        if message["role"] == "assistant" and (message.get("content") or message.get("tool_calls")):
-            return messages
-    raise DataError(f"field {field} holds no answer of the assistant")
-
-
-def _tools(row: Row) -> Row:
-    return {"tools": row["tools"]} if row.get("tools") else {}
-
-
-def kind(value: object) -> str:
-    """Say in JSON's words what a value is."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "null")
