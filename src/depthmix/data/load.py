@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from depthmix.data.code import code_digest
 from depthmix.data.fields import Row, as_json, kind
 from depthmix.data.files import Item, Part, read_items, read_parts
 from depthmix.data.formats import (
@@ -240,7 +238,7 @@ def _converted_part(part: Part, format: str, template: str | None, shape: Shape)
             "template": template,
             "shape": shape,
             "made": made,
-            "code": _code(),
+            "code": code_digest(),
         },
         desc="Checking rows",
     )
@@ -286,15 +284,6 @@ def _object(row: Any) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"a row must be an object with named fields, not {kind(row)}")
     return row
-
-
-@cache
-def _code() -> str:
-    """Return a digest of this package: what another version of it converted is not used again."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 # What is said of broken rows

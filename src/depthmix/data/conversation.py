@@ -1,0 +1,110 @@
+"""Which characters of a conversation are supervised, found by rendering its beginnings.
+
+For an answer, the chat template is asked twice: for the messages before it and a generation prompt,
+as the model will be prompted, and for the messages up to it. Where both begin the whole
+conversation, what lies between them is the answer, its end token included. No template has to say
+so by generation marks.
+
+Some templates render an answer otherwise once others follow (they drop earlier thoughts, or move
+tools to the last question). Such a conversation becomes one row an answer, each as the model meets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any, Literal
+
+from depthmix.data.fields import Row
+from depthmix.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Supervise = Literal["assistant", "all", "last"]
+Render = Callable[[Sequence[Row], bool], str]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: the text.
+        spans: the characters from ... to that are supervised.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def renderer(
+    tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, options: Row | None
+) -> Render:
+    """Return what renders messages, with a generation prompt or without, by the chat template."""
+
+    def render(messages: Sequence[Row], generation: bool) -> str:
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **(options or {}),
+        )
+        return str(text)
+
+    return render
+
+
+def supervised(
+    messages: Sequence[Row], start: int, supervise: Supervise, render: Render
+) -> list[Rendered]:
+    """Return a conversation as rows to train on.
+
+    Args:
+        messages: the conversation.
+        start: the first message that may be supervised: those before it are a prompt.
+        supervise: assistant: every answer; last: the last one; all: the whole text.
+        render: (messages, whether a generation prompt follows) -> text.
+
+    Raises:
+        DataError: the template does not take the messages.
+    """
+    render = _refusing(render)
+    whole = render(messages, False)
+    if supervise == "all":
+        return [Rendered(whole, ((0, len(whole)),))]
+    answers = [n for n in range(start, len(messages)) if messages[n]["role"] == "assistant"]
+    if supervise == "last":
+        answers = answers[-1:]
+    beginnings = [render(messages[: n + 1], False) for n in answers]
+    if all(whole.startswith(beginning.rstrip()) for beginning in beginnings):
+        spans = (
+            _span(whole, beginning, messages[:n], render)
+            for n, beginning in zip(answers, beginnings, strict=True)
+        )
+        return [Rendered(whole, tuple(spans))]
+    return [
+        Rendered(beginning, (_span(beginning, beginning, messages[:n], render),))
+        for n, beginning in zip(answers, beginnings, strict=True)
+    ]
+
+
+def _span(whole: str, through: str, before: Sequence[Row], render: Render) -> tuple[int, int]:
+    """Return where an answer starts and ends; blanks behind its end token are no part of it."""
+    prompt = render(before, True) if before else ""
+    return len(commonprefix([prompt, whole])), len(through.rstrip())
+
+
+def _refusing(render: Render) -> Render:
+    """Turn what a template raises into a `DataError`."""
+    from jinja2 import TemplateError
+
+    def checked(messages: Sequence[Row], generation: bool) -> str:
+        try:
+            return render(messages, generation)
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise DataError(f"the chat template does not take the messages: {error}") from error
+
+    return checked

@@ -1,0 +1,157 @@
+"""Rows as a model gets them: token ids, and which of them are supervised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from depthmix.data.conversation import Rendered, Supervise, renderer, supervised
+from depthmix.data.fields import Row
+from depthmix.data.code import code_digest
+from depthmix.data.formats import conversational
+from depthmix.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+def tokenised(
+    rows: Dataset,
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    supervise: Supervise = "assistant",
+    processes: int | None = None,
+) -> Dataset:
+    """Return rows of `load_source` as `input_ids` and `labels`, -100 where nothing is supervised.
+
+    Of messages, the answers are supervised; of prompt and completion, the completion with the
+    end-of-sequence token; of a text, all of it. `supervise` says otherwise: `all` takes prompts in,
+    `last` leaves all answers but the last out. Nothing is cut: the trainer knows `max_length`.
+
+    Args:
+        rows: columns messages, or prompt and completion, or a text.
+        format: name of their format.
+        tokenizer: of the model, with its chat template.
+        supervise: what is supervised.
+        processes: number of processes to tokenise with.
+
+    Raises:
+        DataError: the chat template does not take a row.
+    """
+    from datasets import Features, List, Value
+
+    tokens = List(Value("int32"))
+    return rows.map(
+        _tokenise,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features({"input_ids": tokens, "labels": tokens}),
+        fn_kwargs={
+            "conversations": conversational(format),
+            "tokenizer": tokenizer,
+            "supervise": supervise,
+            "code": code_digest(),
+        },
+        num_proc=processes,
+        desc="Tokenising rows",
+    )
+
+
+def _tokenise(
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
+    conversations: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    supervise: Supervise,
+    code: str,
+) -> dict[str, list[list[int]]]:
+    del code  # it is there for the key of the cache alone
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    if conversations:  # the template writes the special tokens
+        numbered = zip(indices, rows, strict=True)
+        texts = [t for index, row in numbered for t in _rendered(row, index, tokenizer, supervise)]
+        ids = _ids(tokenizer, [text.text for text in texts], special=False)
+    else:
+        texts = [_plain(row, supervise) for row in rows]
+        ids = _ids(tokenizer, [text.text for text in texts], special=True)
+        ids = [_ended(row, tokenizer.eos_token_id) for row in ids]
+    labels = _labels(tokenizer, texts, ids, special=not conversations)
+    return {"input_ids": ids, "labels": labels}
+
+
+def _rendered(
+    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, supervise: Supervise
+) -> list[Rendered]:
+    row = {name: json.loads(value) for name, value in row.items() if value is not None}
+    prompt, messages = row.get("prompt", []), row.get("messages") or row["completion"]
+    render = renderer(tokenizer, row.get("tools"), row.get("chat_template_kwargs"))
+    try:
+        return supervised([*prompt, *messages], len(prompt), supervise, render)
+    except DataError as error:
+        raise DataError(f"row {index + 1} of the training data: {error}") from None
+
+
+def _plain(row: Row, supervise: Supervise) -> Rendered:
+    if "completion" not in row:
+        (text,) = row.values()
+        return Rendered(text, ((0, len(text)),))
+    text = row["prompt"] + row["completion"]
+    start = 0 if supervise == "all" else len(row["prompt"])
+    return Rendered(text, ((start, len(text)),))
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    """Return token ids that end with the end-of-sequence token, once."""
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _labels(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Rendered],
+    ids: Sequence[list[int]],
+    special: bool,
+) -> list[list[int]]:
+    """Return the labels of the spans.
+
+    A span starts where the tokens of what stands before it, taken alone, are no longer those of
+    the whole: a token that reaches into the span is supervised. So it is in TRL.
+    """
+    cuts = [
+        text.text[:cut]
+        for text in texts
+        for span in text.spans
+        for cut in span
+        if cut < len(text.text)
+    ]
+    before = iter(_ids(tokenizer, cuts, special))
+    labels = []
+    for text, row in zip(texts, ids, strict=True):
+        of_row = [IGNORED] * len(row)
+        for span in text.spans:
+            first, last = (
+                _common(next(before), row) if cut < len(text.text) else len(row) for cut in span
+            )
+            of_row[first:last] = row[first:last]
+        labels.append(of_row)
+    return labels
+
+
+def _common(ids: list[int], others: list[int]) -> int:
+    """Return how many tokens two rows begin with in common."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(ids), len(others)))
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool
+) -> list[list[int]]:
+    """Return the token ids of texts, with the special tokens of the tokenizer or without."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
+    return list(encoded["input_ids"])
