@@ -65,12 +65,12 @@ def test_every_source_of_options(tmp_path, required):
 
 
 def test_the_resolved_configuration_gives_the_same_run(tmp_path, required):
-    flags = ["--k", "2", "--lora_r", "4", "--learning_rate", "3e-4", "--dataset", "a.json", "b.csv"]
+    flags = ["--k", "2", "--lora_r", "4", "--learning_rate", "3e-4", "--dataset", "b.csv"]
     first = parse([*required, *flags, "--gradient_checkpointing", "--resume"])
     path = write(tmp_path, yaml.safe_dump(first.resolved()))
     again = parse([path])
     assert (again.mode, again.model, again.training) == (first.mode, first.model, first.training)
-    assert again.run.dataset == ["a.json", "b.csv"]
+    assert again.run.dataset == ["a.jsonl", "b.csv"]
     assert not again.run.resume
     assert again.training.activation_checkpointing
 

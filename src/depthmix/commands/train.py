@@ -12,6 +12,7 @@ from depthmix.files import write_errors
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments, parse
 from depthmix.train.fit import fit
+from depthmix.train.preview import preview
 
 if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer
@@ -25,7 +26,11 @@ def run(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print_help()
         return 0 if argv else 2
-    return train(parse(argv))
+    arguments = parse(argv)
+    if arguments.run.preview is not None:
+        preview(arguments)
+        return 0
+    return train(arguments)
 
 
 def train(arguments: TrainArguments) -> int:

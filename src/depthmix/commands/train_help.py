@@ -26,6 +26,7 @@ examples:
   depthmix train run.yaml                        keys from a file
   depthmix train run.yaml --k 4 --max_steps 100  a flag wins over the file
   depthmix train model.yaml task.yaml --seed 2   several files
+  depthmix train run.yaml --preview              what would be learned; trains nothing
   depthmix train run.yaml --no_mode              the baseline: the tuning method alone
   depthmix train out/depthmix.yaml --resume      go on where a run was stopped
   accelerate launch -m depthmix train run.yaml   several devices
@@ -64,15 +65,20 @@ _TRL_TRAINING = {
     "eval_steps": "Steps from evaluation to evaluation. Default: one an epoch.",
     "seed": "Default: 42.",
 }
+_DATA = (
+    *("dataset", "dataset_weights", "dataset_config", "dataset_split", "dataset_format"),
+    *("dataset_template", "prompt_column", "completion_column", "messages_column"),
+    *("supervise", "eval_dataset", "eval_split", "validation_split"),
+)
 CURATED = {**_TRL_MODEL, **_TRL_OUTPUT, **LORA_HELP, **_TRL_TRAINING}
 
 
 def print_help() -> None:
     """Print the options that matter, without importing TRL."""
     own, mode = option_texts(RunOptions), option_texts(MoDEConfig)
-    data = [name for name in own if name.startswith(("dataset", "eval_"))]
+    data = [name for name in own if name in _DATA]
     rates = ("router_learning_rate", "norm_learning_rate")
-    run = ("resume", "overwrite")
+    run = ("preview", "resume", "overwrite")
     method = [name for name in own if name not in {*data, *rates, *run}]
     groups = {
         "model": _TRL_MODEL,

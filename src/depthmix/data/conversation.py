@@ -6,14 +6,14 @@ conversation, what lies between them is the answer, its end token included. No t
 so by generation marks.
 
 Some templates render an answer otherwise once others follow (they drop earlier thoughts, or move
-tools to the last question). Such a conversation becomes one row an answer, each as the model meets it.
+tools to the last question). Such a conversation becomes one row an answer, each as the model meets
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
 from depthmix.data.fields import Row
@@ -94,7 +94,16 @@ def supervised(
 def _span(whole: str, through: str, before: Sequence[Row], render: Render) -> tuple[int, int]:
     """Return where an answer starts and ends; blanks behind its end token are no part of it."""
     prompt = render(before, True) if before else ""
-    return len(commonprefix([prompt, whole])), len(through.rstrip())
+    return common_length(prompt, whole), len(through.rstrip())
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many characters, or tokens, two sequences begin with in common."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    pairs = enumerate(zip(one, other, strict=False))
+    return next(number for number, (mine, its) in pairs if mine != its)
 
 
 def _refusing(render: Render) -> Render:

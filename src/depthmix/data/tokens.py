@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from depthmix.data.conversation import Rendered, Supervise, renderer, supervised
-from depthmix.data.fields import Row
 from depthmix.data.code import code_digest
+from depthmix.data.conversation import Rendered, Supervise, common_length, renderer, supervised
+from depthmix.data.fields import Row
 from depthmix.data.formats import conversational
 from depthmix.errors import DataError
 
@@ -121,35 +121,25 @@ def _labels(
     A span starts where the tokens of what stands before it, taken alone, are no longer those of
     the whole: a token that reaches into the span is supervised. So it is in TRL.
     """
-    cuts = [
-        text.text[:cut]
-        for text in texts
-        for span in text.spans
-        for cut in span
-        if cut < len(text.text)
-    ]
-    before = iter(_ids(tokenizer, cuts, special))
+    inner = [(text, cut) for text in texts for cut in _cuts(text)]
+    before = iter(_ids(tokenizer, [text.text[:cut] for text, cut in inner], special))
     labels = []
     for text, row in zip(texts, ids, strict=True):
+        known = {cut: common_length(next(before), row) for cut in _cuts(text)}
         of_row = [IGNORED] * len(row)
-        for span in text.spans:
-            first, last = (
-                _common(next(before), row) if cut < len(text.text) else len(row) for cut in span
-            )
-            of_row[first:last] = row[first:last]
+        for start, end in text.spans:
+            span = slice(known.get(start, len(row)), known.get(end, len(row)))
+            of_row[span] = row[span]
         labels.append(of_row)
     return labels
 
 
-def _common(ids: list[int], others: list[int]) -> int:
-    """Return how many tokens two rows begin with in common."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), min(len(ids), len(others)))
+def _cuts(text: Rendered) -> list[int]:
+    """Return where spans start and end, but for the end of the text."""
+    return [cut for span in text.spans for cut in span if cut < len(text.text)]
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool
-) -> list[list[int]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
     """Return the token ids of texts, with the special tokens of the tokenizer or without."""
     if not texts:
         return []

@@ -8,12 +8,14 @@ in order.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from depthmix.config import MoDEConfig
+from depthmix.data.conversation import Supervise
 from depthmix.errors import ConfigError
 from depthmix.train.options import (
     Given,
@@ -34,6 +36,7 @@ Method = Literal["lora", "dora", "ia3", "vera", "prompt_tuning", "full", "none"]
 DatasetFormat = Literal[
     "auto",
     "messages",
+    "sharegpt",
     "chat_completion",
     "prompt_completion",
     "alpaca",
@@ -57,15 +60,27 @@ class RunOptions:
     dataset: list[str] | None = field(
         default=None,
         metadata=_help(
-            "Local json, jsonl, csv or parquet file(s), a folder with train.*, a hub name, or "
+            "File(s) of type json, jsonl, csv, tsv, parquet or arrow, also compressed; folders "
+            "with train.*; patterns such as 'data/*.jsonl'; hub names; or "
             "reasoning_gym:GENERATOR?size=500&seed=1."
+        ),
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata=_help(
+            "Shares of several sources, to draw rows by. Default: all rows, one source after "
+            "another."
         ),
     )
     dataset_config: str | None = field(
         default=None, metadata=_help("Configuration of a hub data set.")
     )
     dataset_split: str = field(
-        default="train", metadata=_help("Split to train on, of a folder or a hub data set.")
+        default="train",
+        metadata=_help(
+            "Split to train on, of a folder or a hub data set; slices (train[:100], train[:5%]) of "
+            "files as well."
+        ),
     )
     dataset_format: DatasetFormat = field(
         default="auto", metadata=_help("Kind of the rows. Default: told from their columns.")
@@ -77,11 +92,39 @@ class RunOptions:
             "output, question for the others."
         ),
     )
+    prompt_column: str | None = field(
+        default=None, metadata=_help("Column of the prompts. Default: prompt.")
+    )
+    completion_column: str | None = field(
+        default=None, metadata=_help("Column of the completions. Default: completion.")
+    )
+    messages_column: str | None = field(
+        default=None, metadata=_help("Column of the messages. Default: messages.")
+    )
+    supervise: Supervise = field(
+        default="assistant",
+        metadata=_help(
+            "What is learned: assistant: the answers in messages, and completions; last: the last "
+            "answer of a conversation; all: prompts as well."
+        ),
+    )
     eval_dataset: list[str] | None = field(
         default=None, metadata=_help("Data to evaluate on during training.")
     )
     eval_split: str = field(
         default="test", metadata=_help("Split to evaluate on, of a folder or a hub data set.")
+    )
+    validation_split: float | None = field(
+        default=None,
+        metadata=_help("Share of the rows to evaluate on instead, drawn by seed, such as 0.05."),
+    )
+    preview: int | None = field(
+        default=None,
+        metadata={
+            "help": "Show so many rows as the model gets them, what of them is learned, and how "
+            "long they are; train nothing. Default: 3, where no number is given.",
+            "bare": 3,
+        },
     )
     method: Method = field(
         default="lora",
@@ -127,6 +170,31 @@ class RunOptions:
             raise ConfigError(f"late_layers_only needs lora, dora, ia3 or vera, not {self.method}")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        if self.validation_split is not None and self.eval_dataset:
+            raise ConfigError("validation_split and eval_dataset exclude each other")
+        if self.validation_split is not None and not 0 < self.validation_split < 1:
+            raise ConfigError(
+                f"validation_split must lie between 0 and 1, such as 0.05, not "
+                f"{self.validation_split}"
+            )
+        if self.messages_column and (self.prompt_column or self.completion_column):
+            raise ConfigError(
+                "messages_column excludes prompt_column and completion_column: rows are one or the "
+                "other"
+            )
+        if self.preview is not None and self.preview < 1:
+            raise ConfigError(f"preview must be 1 or more rows, not {self.preview}")
+        weights = self.dataset_weights
+        if weights and not all(0 < weight < math.inf for weight in weights):
+            raise ConfigError(f"dataset_weights must be numbers above 0, not {weights}")
+        if weights and len(weights) != len(self.dataset or []):
+            raise ConfigError(
+                f"dataset_weights: {len(weights)} weights for {len(self.dataset or [])} sources in "
+                "dataset"
+            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +221,7 @@ class TrainArguments:
         return {name: value for name, value in values.items() if name not in _NOT_STORED}
 
 
-_NOT_STORED = ("resume", "overwrite", "resume_from_checkpoint", "hub_token")
+_NOT_STORED = ("resume", "overwrite", "preview", "resume_from_checkpoint", "hub_token")
 
 _LEARNING_RATES: dict[str, float] = {
     "lora": 2e-4,
@@ -178,12 +246,14 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     for name, value in (
         ("model_name_or_path", model.model_name_or_path),
         ("dataset", run.dataset),
-        ("output_dir", chosen.get("output_dir")),
+        ("output_dir", chosen.get("output_dir") or run.preview),
     ):
         if not value:
             raise ConfigError(f"{name} is missing: set it in the YAML file or with --{name}")
-    if training.eval_strategy != "no" and not run.eval_dataset:
-        raise ConfigError("eval_strategy is set, but there is no eval_dataset")
+    if training.eval_strategy != "no" and not _evaluates(run):
+        raise ConfigError(
+            "eval_strategy is set, but there is no eval_dataset and no validation_split"
+        )
     return TrainArguments(run, mode, model, training, chosen)
 
 
@@ -244,6 +314,7 @@ def _trl(
     require_known(given, [*for_model, *for_training, *own])
     model = typed(for_model, given)
     training = _without_old_names(typed(for_training, given))
+    training = _without_trls_masks(run, training)
     training = {**_training_defaults(run, training), **training}
     if run.method != "full" and training["bf16"]:
         model = {"dtype": "bfloat16", **model}
@@ -256,6 +327,24 @@ def _without_old_names(training: dict[str, Any]) -> dict[str, Any]:
         name.replace("gradient_checkpointing", "activation_checkpointing"): value
         for name, value in training.items()
     }
+
+
+def _without_trls_masks(run: RunOptions, training: dict[str, Any]) -> dict[str, Any]:
+    """Leave out TRL's words for what `supervise` says; they must agree with it.
+
+    Raises:
+        ConfigError: they do not; says how to put it.
+    """
+    for name in ("assistant_only_loss", "completion_only_loss"):
+        said = training.get(name)
+        if said is not None and said != (run.supervise != "all"):
+            instead = "assistant" if said else "all"
+            raise ConfigError(
+                f"{name} {str(said).lower()} is not what supervise {run.supervise} means: leave it "
+                f"out and set supervise {instead}"
+            )
+    masks = ("assistant_only_loss", "completion_only_loss")
+    return {name: value for name, value in training.items() if name not in masks}
 
 
 def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,8 +364,12 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
     }
 
 
+def _evaluates(run: RunOptions) -> bool:
+    return bool(run.eval_dataset) or run.validation_split is not None
+
+
 def _eval_strategy(run: RunOptions, training: Mapping[str, Any]) -> str:
-    if not run.eval_dataset:
+    if not _evaluates(run):
         return "no"
     return "steps" if "eval_steps" in training else "epoch"
 

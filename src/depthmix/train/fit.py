@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from depthmix.data.formats import conversational
-from depthmix.data.load import load_data
-from depthmix.errors import ConfigError, DataError, TrainingError
+from depthmix.errors import ConfigError, TrainingError
 from depthmix.files import write_errors
-from depthmix.pretrained import load_base, load_tokenizer
+from depthmix.pretrained import load_base
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments
+from depthmix.train.data import TrainingData, prepare_data, require_rows
+from depthmix.train.data import notes as data_notes
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
     from trl.trainer.sft_trainer import SFTTrainer
 
 
@@ -26,74 +24,24 @@ def fit(arguments: TrainArguments) -> SFTTrainer:
 
     folder = Path(str(arguments.training.output_dir))
     checkpoint = output.prepare(folder, arguments)
-    rows, row_format = _rows(arguments)
-    tokenizer = _tokenizer(arguments, row_format)
-    trainer = _trainer(arguments, tokenizer, rows)
-    notes = [*_without_effect(arguments), *_long_rows(arguments, trainer, len(rows))]
+    data = prepare_data(arguments)
+    require_rows(data, arguments)
+    trainer = _trainer(arguments, data)
+    notes = [*_without_effect(arguments), *data_notes(data, arguments)]
     if trainer.is_world_process_zero():
-        output.write_config(folder, arguments, row_format)
+        output.write_config(folder, arguments, data.format)
         print(*notes, sep="\n", end="\n" if notes else "")
     with caching(arguments, trainer), stopping_on_interrupt(trainer):
         _fit(trainer, checkpoint)
     return trainer
 
 
-def _rows(arguments: TrainArguments) -> tuple[Dataset, str]:
-    run = arguments.run
-    assert run.dataset is not None  # `parse` has seen to it
-    return load_data(
-        run.dataset,
-        split=run.dataset_split,
-        config=run.dataset_config,
-        format=run.dataset_format,
-        template=run.dataset_template,
-        text_field=arguments.training.dataset_text_field,
-    )
-
-
-def _evaluation_rows(arguments: TrainArguments) -> Dataset | None:
-    run = arguments.run
-    if run.eval_dataset is None:
-        return None
-    return load_data(
-        run.eval_dataset,
-        split=run.eval_split,
-        config=run.dataset_config,
-        format=run.dataset_format,
-        template=run.dataset_template,
-        text_field=arguments.training.dataset_text_field,
-    )[0]
-
-
-def _tokenizer(arguments: TrainArguments, row_format: str) -> PreTrainedTokenizerBase:
-    options, training = arguments.model, arguments.training
-    tokenizer = load_tokenizer(
-        str(options.model_name_or_path),
-        revision=options.model_revision,
-        trust_remote_code=training.trust_remote_code,
-    )
-    if not (tokenizer.eos_token or training.eos_token):
-        raise ConfigError("the tokenizer has no end-of-sequence token: name one with eos_token")
-    template = training.chat_template_path
-    if template and not template.endswith((".jinja", ".j2")):
-        raise ConfigError("chat_template_path: expected a .jinja file (new tokens are not trained)")
-    if conversational(row_format) and not (tokenizer.chat_template or template):
-        raise ConfigError(
-            "the rows are messages, but the tokenizer has no chat template: give one with "
-            "chat_template_path"
-        )
-    return tokenizer
-
-
-def _trainer(
-    arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, rows: Dataset
-) -> SFTTrainer:
+def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
     from transformers import set_seed
     from trl.trainer.sft_trainer import SFTTrainer
 
     from depthmix.train.methods import tune
 
-    evaluation = _evaluation_rows(arguments)
     set_seed(arguments.training.seed)  # adapters begin with random numbers
     base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
     model = tune(base, arguments.run, arguments.mode, arguments.model)
@@ -101,9 +49,9 @@ def _trainer(
         return SFTTrainer(
             model=model,
             args=arguments.training,
-            train_dataset=rows,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=data.tokenizer,
             optimizer_cls_and_kwargs=_optimizer(arguments, model),
         )
     except (ValueError, RuntimeError, ImportError) as error:  # options at odds, missing packages
@@ -182,19 +130,3 @@ def _without_effect(arguments: TrainArguments) -> list[str]:
     names = without_effect(arguments.run, arguments.chosen)
     method = arguments.run.method
     return [f"note: method {method} does not read {', '.join(names)}"] if names else []
-
-
-def _long_rows(arguments: TrainArguments, trainer: SFTTrainer, rows: int) -> list[str]:
-    """Say what `max_length` did to the data; TRL cuts and drops in silence."""
-    limit, prepared = arguments.training.max_length, cast("Dataset", trainer.train_dataset)
-    if limit is None or arguments.training.packing:
-        return []
-    if len(prepared) == 0:
-        raise DataError(f"no row is left: every prompt fills max_length ({limit} tokens)")
-    reaching = sum(len(ids) >= limit for ids in prepared["input_ids"])
-    left_out = rows - len(prepared)
-    notes = [
-        (left_out, f"are left out: the prompt fills max_length ({limit})"),
-        (reaching, f"reach max_length ({limit}) and may be cut"),
-    ]
-    return [f"note: {count} of {rows} rows {what}" for count, what in notes if count]

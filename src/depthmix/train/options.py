@@ -46,21 +46,33 @@ class Given:
         text: text, a list of texts, a mapping, or None for YAML's null. An empty list is a flag
             without a value.
         place: `run.yaml:7: k` or `--k`.
+        earlier: what the same flag gave before, which a list keeps.
     """
 
     text: Any
     place: str
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Option:
-    """One key that may be given: a field of a dataclass, with its type resolved."""
+    """One key that may be given: a field of a dataclass, with its type resolved.
+
+    Args:
+        name: the key.
+        hint: the type of its values.
+        default: the value where it is not given.
+        help: what it means.
+        choices: the values it may have, where they are few.
+        bare: the value of a flag without a value, or None where it needs one.
+    """
 
     name: str
     hint: Any
     default: Any
     help: str
     choices: tuple[Any, ...]
+    bare: Any = None
 
 
 def options(cls: type[Any]) -> dict[str, Option]:
@@ -73,6 +85,7 @@ def options(cls: type[Any]) -> dict[str, Option]:
             f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
             f.metadata.get("help", ""),
             tuple(f.metadata.get("choices", ())),
+            f.metadata.get("bare"),
         )
         for f in dataclasses.fields(cls)
         if f.init and f.name not in _LEFT_OUT
@@ -131,14 +144,19 @@ def _mapping(text: str) -> Any:
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Given]:
-    """Read `--key value ...`, `--key=value` and `--key`; `-` and `_` in a key are the same."""
+    """Read `--key value ...`, `--key=value` and `--key`; `-` and `_` in a key are the same.
+
+    Of a flag that is given twice the last counts, and a list takes all.
+    """
     given: dict[str, Given] = {}
     name = None
     for token in argv:
         if token.startswith("--"):
             flag, equals, value = token.partition("=")
             name = flag[2:].replace("-", "_")
-            given[name] = Given([value] if equals else [], flag)
+            before = given.get(name, Given([], flag))
+            earlier = (*before.earlier, *before.text)
+            given[name] = Given([value] if equals else [], flag, earlier)
         elif token.endswith((".yaml", ".yml")):
             raise ConfigError(f"{token}: the configuration file must come before the flags")
         elif name is None:
@@ -146,7 +164,8 @@ def read_flags(argv: Sequence[str]) -> dict[str, Given]:
         else:
             given[name].text.append(token)
     return {
-        name: Given(v.text[0] if len(v.text) == 1 else v.text, v.place) for name, v in given.items()
+        name: dataclasses.replace(v, text=v.text[0] if len(v.text) == 1 else v.text)
+        for name, v in given.items()
     }
 
 
@@ -175,10 +194,17 @@ def typed(known: Mapping[str, Option], given: Mapping[str, Given]) -> dict[str, 
     for name, value in given.items():
         if name in known:
             try:
-                values[name] = convert(value.text, known[name])
+                values[name] = convert(_all_given(value, known[name]), known[name])
             except ValueError as error:
                 raise ConfigError(f"{value.place}: {error}") from None
     return values
+
+
+def _all_given(value: Given, known: Option) -> Any:
+    """Return what was given, for a list with what the same flag gave before."""
+    if value.earlier and any(_family(kind) is list for kind in _kinds(known.hint)):
+        return [*value.earlier, *(value.text if isinstance(value.text, list) else [value.text])]
+    return value.text
 
 
 def require_known(given: Mapping[str, Given], known: Iterable[str]) -> None:
@@ -202,6 +228,8 @@ def convert(text: Any, known: Option) -> Any:
     Raises:
         ValueError: it fits none of the option's types; the message says what is expected.
     """
+    if text == [] and known.bare is not None:
+        return known.bare
     kinds = _kinds(known.hint)
     for kind in kinds:
         try:
@@ -256,9 +284,9 @@ def _as(kind: Any, text: Any) -> Any:
     if family is dict:
         return _as_mapping(text)
     if family is list:
-        return (
-            [_scalar(item) for item in text] if isinstance(text, list) and text else [_scalar(text)]
-        )
+        (item_type,) = get_args(kind) or (str,)
+        items = text if isinstance(text, list) and text else [text]
+        return [item_type(_scalar(item)) for item in items]
     if family is Enum:
         return kind(_scalar(text)).value
     if family is Literal:
@@ -295,7 +323,7 @@ def _in_words(kind: Any) -> str:
         int: "an integer",
         float: "a number",
         dict: "a mapping",
-        list: "a list of texts",
+        list: f"a list of {'numbers' if get_args(kind) == (float,) else 'texts'}",
         str: "a text",
     }[family]
 

@@ -1,0 +1,167 @@
+"""The data of a run: rows as the model gets them, and what there is to say about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from depthmix.data.counts import TokenCounts, count_tokens
+from depthmix.data.formats import Columns, conversational
+from depthmix.data.load import Source, load_source
+from depthmix.data.splits import held_out
+from depthmix.data.tokens import tokenised
+from depthmix.errors import ConfigError, DataError
+from depthmix.pretrained import load_tokenizer
+from depthmix.train.arguments import TrainArguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run is trained and evaluated on.
+
+    Attributes:
+        train: rows to train on, as `input_ids` and `labels`.
+        evaluation: rows to evaluate on, or None.
+        written: how many rows to train on were written; a chat template may make more of them.
+        format: the format of the rows, by which the tuned model is prompted.
+        tokenizer: the tokenizer, with the run's chat template and end-of-sequence token.
+        counts: the tokens of `train`.
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    written: int
+    format: str
+    tokenizer: PreTrainedTokenizerBase
+    counts: TokenCounts
+
+
+def prepare_data(arguments: TrainArguments) -> TrainingData:
+    """Load, check and tokenise the data of a run; the first process makes what the others read.
+
+    Raises:
+        DataError: a row is broken, or none is left within `max_length`.
+        ConfigError: tokenizer and data do not go together.
+    """
+    run, training = arguments.run, arguments.training
+    with training.main_process_first(desc="data"):
+        rows, format = load_source(_source(arguments, run.dataset or [], run.dataset_split))
+        evaluation = None
+        if run.eval_dataset:
+            evaluation, _ = load_source(_source(arguments, run.eval_dataset, run.eval_split))
+        elif run.validation_split is not None:
+            rows, evaluation = held_out(rows, run.validation_split, training.seed)
+        tokenizer = _tokenizer(arguments, format)
+
+        def tokens(rows: Dataset) -> Dataset:
+            workers = training.dataset_num_proc
+            return tokenised(rows, format, tokenizer, run.supervise, workers)
+
+        train = tokens(rows)
+        counts = count_tokens(train, training.max_length, training.truncation_mode == "keep_end")
+        return TrainingData(
+            train,
+            None if evaluation is None else tokens(evaluation),
+            len(rows),
+            format,
+            tokenizer,
+            counts,
+        )
+
+
+def require_rows(data: TrainingData, arguments: TrainArguments) -> None:
+    """Raise a DataError where there is nothing to learn within `max_length`."""
+    limit = arguments.training.max_length
+    if data.counts.dropped == len(data.train) and not arguments.training.packing:
+        raise DataError(f"no row is left: every prompt fills max_length ({limit} tokens)")
+
+
+def notes(data: TrainingData, arguments: TrainArguments) -> list[str]:
+    """Say what becomes of the rows that is not plain to see."""
+    limit, packing = arguments.training.max_length, arguments.training.packing
+    rows, counts = len(data.train), data.counts
+    found = []
+    if rows > data.written:
+        found.append(
+            f"the chat template renders an answer otherwise once others follow: {data.written} "
+            f"conversations are {rows} rows, one an answer (--supervise last: one a conversation)"
+        )
+    if counts.dropped and not packing:
+        within = f" within max_length ({limit})" if limit is not None else ""
+        found.append(f"{counts.dropped} of {rows} rows are left out: nothing to learn{within}")
+    if counts.cut and not (packing and arguments.training.packing_strategy != "bfd"):
+        found.append(
+            f"{counts.cut} of {rows} rows are longer than max_length ({limit}) and are cut"
+        )
+    end = last_token(data)
+    if end not in data.tokenizer.all_special_tokens:
+        found.append(
+            f"the chat template ends an answer with {end!r} and no end token: the tuned model may "
+            "not stop; give a template that writes one with chat_template_path"
+        )
+    return [f"note: {note}" for note in found]
+
+
+def last_token(data: TrainingData) -> str:
+    """Return the last token that is supervised in the first row."""
+    labels = [label for label in data.train[0]["labels"] if label >= 0]
+    return str(data.tokenizer.convert_ids_to_tokens(labels[-1])) if labels else ""
+
+
+def _source(arguments: TrainArguments, names: list[str], split: str) -> Source:
+    run = arguments.run
+    columns = Columns(
+        prompt=run.prompt_column or "prompt",
+        completion=run.completion_column or "completion",
+        messages=run.messages_column or "messages",
+        text=arguments.training.dataset_text_field,
+    )
+    return Source(
+        names,
+        split,
+        run.dataset_config,
+        run.dataset_format,
+        run.dataset_template,
+        columns,
+        run.dataset_weights if names is run.dataset else None,
+        arguments.training.seed,
+    )
+
+
+def _tokenizer(arguments: TrainArguments, row_format: str) -> PreTrainedTokenizerBase:
+    options, training = arguments.model, arguments.training
+    tokenizer = load_tokenizer(
+        str(options.model_name_or_path),
+        revision=options.model_revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+    if training.eos_token is not None:
+        if training.eos_token not in tokenizer.get_vocab():
+            raise ConfigError(f"eos_token {training.eos_token!r} is no token of the tokenizer")
+        tokenizer.eos_token = training.eos_token
+    if not tokenizer.eos_token:
+        raise ConfigError("the tokenizer has no end-of-sequence token: name one with eos_token")
+    if training.chat_template_path:
+        tokenizer.chat_template = _template(Path(training.chat_template_path))
+    if conversational(row_format) and not tokenizer.chat_template:
+        raise ConfigError(
+            "the rows are messages, but the tokenizer has no chat template: give one with "
+            "chat_template_path"
+        )
+    return tokenizer
+
+
+def _template(path: Path) -> str:
+    if path.suffix not in (".jinja", ".j2"):
+        raise ConfigError("chat_template_path: expected a .jinja file (new tokens are not trained)")
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"chat_template_path {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat_template_path {path}: not UTF-8") from error
