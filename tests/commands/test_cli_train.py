@@ -194,7 +194,9 @@ def test_other_models_are_not_overwritten(train, tiny, tmp_path, capsys):
         (["--k", "9"], 1, "k = 9, but LlamaForCausalLM has 4 layers"),
         (["--lora_target_modules", "nothing"], 2, "method lora: No modules were targeted"),
         (["--optim", "lomo"], 2, "optim: You need to install `lomo_optim`"),
-        (["--assistant_only_loss"], 2, "You set `assistant_only_loss=True`"),
+        (["--assistant_only_loss", "--supervise", "all"], 2, "set supervise assistant"),
+        (["--chat_template_path", "no.jinja"], 2, "no.jinja: No such file or directory"),
+        (["--eos_token", "<none>"], 2, "eos_token '<none>' is no token of the tokenizer"),
         (["--report_to", "comet_ml"], 2, "CometCallback requires comet-ml"),
         (["--loss_type", "dft"], 1, "loss_type='dft'"),
         (["--max_length", "2"], 1, "no row is left"),
@@ -210,7 +212,9 @@ def test_what_goes_wrong_is_one_line(train, capsys, flags, status, complaint):
 
 def test_rows_that_are_too_long_are_told(train, capsys):
     assert train("--max_steps", "1", "--max_length", "8") == 0
-    assert "rows reach max_length (8) and may be cut" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: 10 of 12 rows are cut to max_length (8)\n" in said
+    assert "note: 2 of 12 rows are left out: nothing to learn within max_length (8)\n" in said
 
 
 def test_options_without_effect_are_told(train, capsys):
@@ -219,19 +223,92 @@ def test_options_without_effect_are_told(train, capsys):
     assert "note: method vera does not read lora_r\n" in capsys.readouterr().out
 
 
-def test_messages_need_a_chat_template(train, tiny, tmp_path, capsys):
+@pytest.fixture
+def chats(tmp_path):
     chat = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7"}]
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": chat}))
-    assert train("--max_steps", "1", "--dataset", str(path)) == 0
+    path.write_text("\n".join([json.dumps({"messages": chat * 2})] * 4))
+    return str(path)
+
+
+def of(dataset, model, output, *flags):
+    required = ("--model_name_or_path", model, "--dataset", dataset, "--output_dir", str(output))
+    return main(["train", *required, "--disable_tqdm", "--k", "2", "--max_steps", "1", *flags])
+
+
+def test_messages_need_a_chat_template(tiny, chats, tmp_path, capsys):
+    assert of(chats, tiny, tmp_path / "out") == 0
+    stored = yaml.safe_load((tmp_path / "out" / "depthmix.yaml").read_text())
+    assert (stored["dataset_format"], stored["supervise"]) == ("messages", "assistant")
     bare = tmp_path / "bare"
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(bare)
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
-    flags = ["--dataset", str(path), "--model_name_or_path", str(bare)]
-    assert train(*flags, output="other") == 2
+    assert of(chats, str(bare), tmp_path / "other") == 2
     assert "no chat template" in one_line(capsys)
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The rows of the trainer that a command makes."""
+    seen = {}
+    original = SFTTrainer.train
+
+    def train(self, *args, **kwargs):
+        seen["rows"], seen["eval"] = self.train_dataset, self.eval_dataset
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "train", train)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("supervise", "expected"),
+    [("assistant", 2), ("last", 1), ("all", 4)],
+)
+def test_what_the_trainer_supervises(tiny, chats, tmp_path, trained_on, supervise, expected):
+    assert of(chats, tiny, tmp_path / "out", "--supervise", supervise) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    labels = trained_on["rows"][0]["labels"]
+    assert labels.count(tokenizer.eos_token_id) == expected
+    text = tokenizer.decode([label for label in labels if label >= 0])
+    assert text.replace("<|user|>3 + 4?<|end|><|assistant|>", "") == "7<|end|>" * (
+        2 if supervise != "last" else 1
+    )
+
+
+def test_a_validation_share_and_packing(tiny, rows, tmp_path, trained_on, capsys):
+    flags = ["--validation_split", "0.25", "--packing", "--max_length", "64"]
+    assert of(rows, tiny, tmp_path / "out", *flags) == 0
+    assert len(trained_on["eval"]) == 1  # three rows, packed
+    assert sum(map(sum, trained_on["eval"]["seq_lengths"])) < 64
+    assert "eval loss" in capsys.readouterr().out
+
+
+def test_an_end_token_of_the_runs_own(tiny, rows, tmp_path, trained_on):
+    assert of(rows, tiny, tmp_path / "out", "--eos_token", "<|user|>") == 0
+    assert trained_on["rows"][0]["labels"][-1] == 1
+
+
+def test_the_preview_shows_what_is_learned_and_leaves_nothing(
+    tiny, chats, rows, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["train", "--model_name_or_path", tiny, "--preview"]
+    assert main([*command, "2", "--dataset", chats]) == 0
+    shown = capsys.readouterr().out
+    asked = "<|user|>3 + 4?<|end|><|assistant|>{+7<|end|>+}"
+    assert shown.count(f"{asked}{asked}\n") == 2
+    assert "supervised: between {+ and +}" in shown
+    assert "rows: 4 of format messages, supervise: assistant\n" in shown
+    assert "; the first row ends with <|end|>\n" in shown
+    assert main([*command, "--dataset", rows, "--max_length", "8", "--supervise", "all"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("{+What is") == 3
+    assert "max_length 8: 12 rows cut, 0 left out with nothing to learn\n" in shown
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

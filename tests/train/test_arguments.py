@@ -75,6 +75,31 @@ def test_the_resolved_configuration_gives_the_same_run(tmp_path, required):
     assert again.training.activation_checkpointing
 
 
+def test_of_a_flag_that_is_given_twice_a_list_takes_all(required):
+    flags = ["--dataset", "b", "c", "--dataset=d", "--k", "2", "--k", "4"]
+    arguments = parse([*required, *flags, "--dataset_weights", "4", "3", "2", "1e0"])
+    assert arguments.run.dataset == ["a.jsonl", "b", "c", "d"]
+    assert arguments.run.dataset_weights == [4.0, 3.0, 2.0, 1.0]
+    assert arguments.mode.k == 4
+
+
+def test_the_preview_needs_no_folder_and_is_not_stored():
+    arguments = parse([*REQUIRED[:-1], "--preview"])
+    assert arguments.run.preview == 3
+    assert "preview" not in arguments.resolved()
+    assert parse([*REQUIRED[:-1], "--preview", "1"]).run.preview == 1
+    with pytest.raises(ConfigError, match="preview: expected an integer or null, not 'all'"):
+        parse([*REQUIRED[:-1], "--preview", "all"])
+
+
+def test_what_is_supervised_is_stored_and_trl_is_not_told(required):
+    arguments = parse([*required, "--assistant_only_loss", "--completion_only_loss", "true"])
+    assert arguments.resolved()["supervise"] == "assistant"
+    assert not arguments.training.assistant_only_loss
+    assert "assistant_only_loss" not in arguments.resolved()
+    assert parse([*required, "--supervise", "all"]).resolved()["supervise"] == "all"
+
+
 def test_steps_imply_their_strategy(required):
     flags = ["--save_steps", "5", "--eval_steps", "7", "--eval_dataset", "b.jsonl"]
     training = parse([*required, *flags]).training
@@ -111,7 +136,19 @@ def test_steps_imply_their_strategy(required):
         ("mode: false\nmethod: none", "with mode false nothing is trained"),
         ("late_layers_only: true\nmethod: prompt_tuning", "late_layers_only needs lora"),
         ("resume: true\noverwrite: true", "exclude each other"),
-        ("eval_strategy: epoch", "there is no eval_dataset"),
+        ("eval_strategy: epoch", "there is no eval_dataset and no validation_split"),
+        ("validation_split: 1.0", "validation_split must lie between 0 and 1"),
+        ("validation_split: nan", "validation_split must lie between 0 and 1"),
+        ("validation_split: 0.1\neval_dataset: a", "validation_split and eval_dataset exclude"),
+        ("dataset_weights: [1, 2]", "2 weights for 1 sources in dataset"),
+        ("dataset_weights: 0", "dataset_weights must be numbers above 0"),
+        ("dataset_weights: nan", "dataset_weights must be numbers above 0"),
+        ("dataset_weights: many", "run.yaml:1: dataset_weights: expected a list of numbers"),
+        ("messages_column: a\nprompt_column: b", "messages_column excludes prompt_column"),
+        ("preview: 0", "preview must be 1 or more rows"),
+        ("supervise: user", "expected one of assistant, all, last, not 'user'"),
+        ("assistant_only_loss: true\nsupervise: all", "leave it out and set supervise assistant"),
+        ("completion_only_loss: false", "leave it out and set supervise all"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, required, text, complaint):

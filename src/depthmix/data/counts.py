@@ -31,9 +31,15 @@ class TokenCounts:
     max_length: int | None
 
     @property
-    def cut(self) -> int:
+    def longer(self) -> int:
         """Rows that are longer than the limit."""
         return 0 if self.max_length is None else int((self.lengths > self.max_length).sum())
+
+    @property
+    def cut(self) -> int:
+        """Rows that are longer than the limit, with something left to learn."""
+        limit = self.max_length
+        return 0 if limit is None else int(((self.lengths > limit) & (self.left > 0)).sum())
 
     @property
     def dropped(self) -> int:

@@ -106,8 +106,11 @@ def _plain(row: Row, supervise: Supervise) -> Rendered:
 
 
 def _ended(ids: list[int], end: int) -> list[int]:
-    """Return token ids that end with the end-of-sequence token, once."""
-    return ids if ids[-1:] == [end] else [*ids, end]
+    """Return token ids that end with the end-of-sequence token once, whoever wrote it."""
+    length = len(ids)
+    while length and ids[length - 1] == end:
+        length -= 1
+    return [*ids[:length], end]
 
 
 def _labels(

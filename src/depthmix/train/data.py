@@ -51,27 +51,19 @@ def prepare_data(arguments: TrainArguments) -> TrainingData:
     run, training = arguments.run, arguments.training
     with training.main_process_first(desc="data"):
         rows, format = load_source(_source(arguments, run.dataset or [], run.dataset_split))
-        evaluation = None
+        evaluation, eval_format = None, format
         if run.eval_dataset:
-            evaluation, _ = load_source(_source(arguments, run.eval_dataset, run.eval_split))
+            source = _source(arguments, run.eval_dataset, run.eval_split)
+            evaluation, eval_format = load_source(source)
         elif run.validation_split is not None:
             rows, evaluation = held_out(rows, run.validation_split, training.seed)
-        tokenizer = _tokenizer(arguments, format)
-
-        def tokens(rows: Dataset) -> Dataset:
-            workers = training.dataset_num_proc
-            return tokenised(rows, format, tokenizer, run.supervise, workers)
-
-        train = tokens(rows)
-        counts = count_tokens(train, training.max_length, training.truncation_mode == "keep_end")
-        return TrainingData(
-            train,
-            None if evaluation is None else tokens(evaluation),
-            len(rows),
-            format,
-            tokenizer,
-            counts,
-        )
+        tokenizer = _tokenizer(arguments, {format, eval_format})
+        how = (tokenizer, run.supervise, training.dataset_num_proc)
+        train = tokenised(rows, format, *how)
+        if evaluation is not None:
+            evaluation = tokenised(evaluation, eval_format, *how)
+    counts = count_tokens(train, training.max_length, training.truncation_mode == "keep_end")
+    return TrainingData(train, evaluation, len(rows), format, tokenizer, counts)
 
 
 def require_rows(data: TrainingData, arguments: TrainArguments) -> None:
@@ -94,10 +86,9 @@ def notes(data: TrainingData, arguments: TrainArguments) -> list[str]:
     if counts.dropped and not packing:
         within = f" within max_length ({limit})" if limit is not None else ""
         found.append(f"{counts.dropped} of {rows} rows are left out: nothing to learn{within}")
-    if counts.cut and not (packing and arguments.training.packing_strategy != "bfd"):
-        found.append(
-            f"{counts.cut} of {rows} rows are longer than max_length ({limit}) and are cut"
-        )
+    cut = counts.longer if packing else counts.cut
+    if cut and not (packing and arguments.training.packing_strategy != "bfd"):
+        found.append(f"{cut} of {rows} rows are cut to max_length ({limit})")
     end = last_token(data)
     if end not in data.tokenizer.all_special_tokens:
         found.append(
@@ -133,7 +124,7 @@ def _source(arguments: TrainArguments, names: list[str], split: str) -> Source:
     )
 
 
-def _tokenizer(arguments: TrainArguments, row_format: str) -> PreTrainedTokenizerBase:
+def _tokenizer(arguments: TrainArguments, formats: set[str]) -> PreTrainedTokenizerBase:
     options, training = arguments.model, arguments.training
     tokenizer = load_tokenizer(
         str(options.model_name_or_path),
@@ -148,7 +139,7 @@ def _tokenizer(arguments: TrainArguments, row_format: str) -> PreTrainedTokenize
         raise ConfigError("the tokenizer has no end-of-sequence token: name one with eos_token")
     if training.chat_template_path:
         tokenizer.chat_template = _template(Path(training.chat_template_path))
-    if conversational(row_format) and not tokenizer.chat_template:
+    if any(map(conversational, formats)) and not tokenizer.chat_template:
         raise ConfigError(
             "the rows are messages, but the tokenizer has no chat template: give one with "
             "chat_template_path"

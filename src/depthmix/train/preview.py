@@ -47,15 +47,15 @@ def summary(data: TrainingData, arguments: TrainArguments) -> list[str]:
 
     counts, run, training = data.counts, arguments.run, arguments.training
     quantiles = np.percentile(counts.lengths, [0, 50, 90, 99, 100], method="higher")
-    names = ("least", "median", "90 %", "99 %", "most")
+    names = ("min", "median", "90 %", "99 %", "max")
     spread = ", ".join(f"{name} {int(n):,}" for name, n in zip(names, quantiles, strict=True))
     lines = [
         f"rows: {len(data.train):,} of format {data.format}, supervise: {run.supervise}",
         f"tokens a row: {spread}; {counts.lengths.sum():,} in all",
         f"supervised: {counts.supervised.sum():,} tokens, {counts.share:.1%} of all; the first row "
         f"ends with {last_token(data)}",
-        f"max_length {training.max_length}: {counts.cut:,} rows longer, {counts.dropped:,} with "
-        "nothing left to learn",
+        f"max_length {training.max_length}: {counts.cut:,} rows cut, {counts.dropped:,} left out "
+        "with nothing to learn",
     ]
     if data.evaluation is not None:
         lines.insert(1, f"rows to evaluate on: {len(data.evaluation):,}")
