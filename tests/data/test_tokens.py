@@ -1,14 +1,17 @@
 """What is supervised: by prefixes of a conversation, and as TRL does it for the others."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset
 from tokenizers import processors
 from trl import SFTConfig, SFTTrainer
 
 from command_fixtures import CHAT_TEMPLATE, build_model, build_tokenizer
-from depthmix.data.conversation import supervised
+from depthmix.data.conversation import reads_parts, renderer, supervised
 from depthmix.data.counts import count_tokens
 from depthmix.data.tokens import IGNORED, tokenised
 from depthmix.errors import DataError
@@ -84,6 +87,28 @@ def test_answers_are_found_in_any_template(template, messages, supervise, expect
     for long, sign in short.items():
         found = [text.replace(long, sign) for text in found]
     assert found == expected
+
+
+TEMPLATES = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_of_published_models(path):
+    """Every answer is supervised with what ends it, and nothing of what the user says."""
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.chat_template = (
+        path.read_text("utf-8").replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    )
+    contents = [("user", "AAA"), ("assistant", "xxx"), ("user", "BBB"), ("assistant", "yyy")]
+    messages = [{"role": role, "content": content} for role, content in contents]
+    render = renderer(tokenizer, parts=reads_parts(tokenizer))
+    rows = supervised(messages, 0, "assistant", render)
+    spans = [row.text[start:end] for row in rows for start, end in row.spans]
+    assert [re.findall("AAA|BBB|xxx|yyy", span) for span in spans] == [["xxx"], ["yyy"]]
+    assert all("AAA" in row.text for row in rows)
+    if not path.stem.startswith("glm4"):  # ended by the next question alone
+        assert all(span.endswith(">") for span in spans)
 
 
 def test_tool_calls_are_rendered_as_written():

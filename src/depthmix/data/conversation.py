@@ -40,13 +40,23 @@ class Rendered:
 
 
 def renderer(
-    tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, options: Row | None
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | None = None,
+    options: Row | None = None,
+    parts: bool = False,
 ) -> Render:
-    """Return what renders messages, with a generation prompt or without, by the chat template."""
+    """Return what renders messages, with a generation prompt or without, by the chat template.
+
+    Args:
+        tokenizer: its template is taken.
+        tools: what the model may call.
+        options: further variables of the template.
+        parts: whether the template reads content as parts; see `reads_parts`.
+    """
 
     def render(messages: Sequence[Row], generation: bool) -> str:
         text = tokenizer.apply_chat_template(
-            list(messages),
+            [_in_parts(message) for message in messages] if parts else list(messages),
             tools=tools,
             tokenize=False,
             add_generation_prompt=generation,
@@ -54,7 +64,29 @@ def renderer(
         )
         return str(text)
 
-    return render
+    return _refusing(render)
+
+
+def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template takes content as parts alone, as those of models with images do.
+
+    They render nothing of a text, without a word.
+    """
+
+    def renders(parts: bool) -> bool:
+        try:
+            probe = [{"role": "user", "content": "What?"}]
+            return "What?" in renderer(tokenizer, parts=parts)(probe, False)
+        except DataError:
+            return False
+
+    return not renders(parts=False) and renders(parts=True)
+
+
+def _in_parts(message: Row) -> Row:
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def supervised(
@@ -71,7 +103,6 @@ def supervised(
     Raises:
         DataError: the template does not take the messages.
     """
-    render = _refusing(render)
     whole = render(messages, False)
     if supervise == "all":
         return [Rendered(whole, ((0, len(whole)),))]

@@ -126,9 +126,10 @@ def _files(name: str, split: str) -> list[str]:
         return _files_in(path, split)
     if path.exists():
         return [str(path)]
-    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns, too
-    if found:
-        return found
+    found = glob.glob(str(path), recursive=True)  # noqa: PTH207  # takes absolute patterns as well
+    files = sorted(name for name in found if Path(name).is_file())
+    if files:
+        return files
     raise DataError(f"{path}: No such file or directory")
 
 
@@ -151,10 +152,11 @@ def _is_hub(name: str) -> bool:
 
 def _hub_part(name: str, split: str, config: str | None) -> Part:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"data set {name!r} is neither a file or folder here nor readable from the hub: {error}"
         ) from error

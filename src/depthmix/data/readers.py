@@ -8,8 +8,13 @@ digits and fills objects with null; a row is to be trained on as it was written.
 from __future__ import annotations
 
 import csv
+import glob
+import gzip
 import json
+import logging
+import lzma
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,8 +146,11 @@ def _holds_an_array(file: str) -> bool:
 def _opened(file: str, mode: str, **options: Any) -> Iterator[Any]:
     import fsspec  # type: ignore[import-untyped]
 
-    with fsspec.open(file, mode, compression="infer", **options) as opened:
-        yield opened
+    try:
+        with fsspec.open(file, mode, compression="infer", **options) as opened:
+            yield opened
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: a broken archive: {error}") from error
 
 
 # CSV
@@ -257,8 +265,6 @@ def _loaded(builder: str, files: Sequence[str], **options: Any) -> Dataset:
     Raises:
         DataError: one cannot be read; names it, and the line where that is known.
     """
-    import glob
-
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
@@ -281,8 +287,6 @@ def _loaded(builder: str, files: Sequence[str], **options: Any) -> Dataset:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Keep `datasets` from logging what is raised as an error of ours."""
-    import logging
-
     import datasets
 
     before = datasets.logging.get_verbosity()
@@ -298,6 +302,8 @@ def _problem(builder: str, file: str, error: BaseException) -> str:
         return f"{_undecodable_line(file)}not UTF-8"
     if builder == "csv":
         return _csv_problem(file) or f"not valid CSV: {error}"
+    if builder == "text":
+        return f"cannot be read: {error}"
     return f"not a {builder} file: {error}"
 
 

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from depthmix.data.code import code_digest
-from depthmix.data.conversation import Rendered, Supervise, common_length, renderer, supervised
+from depthmix.data.conversation import (
+    Rendered,
+    Supervise,
+    common_length,
+    reads_parts,
+    renderer,
+    supervised,
+)
 from depthmix.data.fields import Row
 from depthmix.data.formats import conversational
 from depthmix.errors import DataError
@@ -73,8 +80,12 @@ def _tokenise(
     del code  # it is there for the key of the cache alone
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     if conversations:  # the template writes the special tokens
-        numbered = zip(indices, rows, strict=True)
-        texts = [t for index, row in numbered for t in _rendered(row, index, tokenizer, supervise)]
+        parts = reads_parts(tokenizer)
+        texts = [
+            text
+            for index, row in zip(indices, rows, strict=True)
+            for text in _rendered(row, index, tokenizer, supervise, parts)
+        ]
         ids = _ids(tokenizer, [text.text for text in texts], special=False)
     else:
         texts = [_plain(row, supervise) for row in rows]
@@ -85,11 +96,11 @@ def _tokenise(
 
 
 def _rendered(
-    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, supervise: Supervise
+    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, supervise: Supervise, parts: bool
 ) -> list[Rendered]:
     row = {name: json.loads(value) for name, value in row.items() if value is not None}
     prompt, messages = row.get("prompt", []), row.get("messages") or row["completion"]
-    render = renderer(tokenizer, row.get("tools"), row.get("chat_template_kwargs"))
+    render = renderer(tokenizer, row.get("tools"), row.get("chat_template_kwargs"), parts)
     try:
         return supervised([*prompt, *messages], len(prompt), supervise, render)
     except DataError as error:

@@ -90,7 +90,7 @@ def notes(data: TrainingData, arguments: TrainArguments) -> list[str]:
     if cut and not (packing and arguments.training.packing_strategy != "bfd"):
         found.append(f"{cut} of {rows} rows are cut to max_length ({limit})")
     end = last_token(data)
-    if end not in data.tokenizer.all_special_tokens:
+    if conversational(data.format) and not _is_special(data.tokenizer, end):
         found.append(
             f"the chat template ends an answer with {end!r} and no end token: the tuned model may "
             "not stop; give a template that writes one with chat_template_path"
@@ -102,6 +102,13 @@ def last_token(data: TrainingData) -> str:
     """Return the last token that is supervised in the first row."""
     labels = [label for label in data.train[0]["labels"] if label >= 0]
     return str(data.tokenizer.convert_ids_to_tokens(labels[-1])) if labels else ""
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    added = tokenizer.added_tokens_decoder.values()
+    return token in tokenizer.all_special_tokens or any(
+        str(known) == token and known.special for known in added
+    )
 
 
 def _source(arguments: TrainArguments, names: list[str], split: str) -> Source:
