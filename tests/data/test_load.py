@@ -209,7 +209,7 @@ def test_csv_problems_name_the_line(tmp_path):
 def test_a_broken_parquet_file(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"rows.parquet: not a parquet file: "):
+    with pytest.raises(DataError, match=r"rows.parquet: not a file of type parquet: "):
         load_data([str(path)])
 
 

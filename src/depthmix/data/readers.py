@@ -304,7 +304,7 @@ def _problem(builder: str, file: str, error: BaseException) -> str:
         return _csv_problem(file) or f"not valid CSV: {error}"
     if builder == "text":
         return f"cannot be read: {error}"
-    return f"not a {builder} file: {error}"
+    return f"not a file of type {builder}: {error}"
 
 
 def _csv_problem(file: str) -> str:
