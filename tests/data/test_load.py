@@ -199,7 +199,7 @@ def test_csv_problems_name_the_line(tmp_path):
         ("prompt,completion\na,b\nc\nd,e,f\n", "line 4: more cells than the header has columns"),
         ("prompt,completion\na,b,c\nd,e,f\n", "line 2: more cells than the header has columns"),
         ("prompt,prompt\na,b\n", "line 1: the column 'prompt' is named twice"),
-        ('prompt,completion\na,"b\n', "not valid CSV: .* EOF inside string"),
+        ('prompt,completion\na,"b\n', "cannot be read as csv: .* EOF inside string"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=rf"rows\.csv: {complaint}"):
@@ -209,7 +209,7 @@ def test_csv_problems_name_the_line(tmp_path):
 def test_a_broken_parquet_file(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"rows.parquet: not a file of type parquet: "):
+    with pytest.raises(DataError, match=r"rows.parquet: cannot be read as parquet: "):
         load_data([str(path)])
 
 

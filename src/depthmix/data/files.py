@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from depthmix.data.gym import gym_rows, is_gym
-from depthmix.data.readers import (
-    READERS,
-    Reader,
-    as_it_is,
-    numbered,
-    reader_of,
-    suffix,
-    without_nulls,
-)
+from depthmix.data.opening import suffix
+from depthmix.data.readers import READERS, Reader, as_it_is, numbered, reader_of, without_nulls
 from depthmix.data.splits import Piece, pieces
 from depthmix.errors import DataError
 

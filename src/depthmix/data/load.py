@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from depthmix.data.code import code_digest
-from depthmix.data.fields import Row, as_json, kind
+from depthmix.data.checked import (
+    converted_items,
+    converted_part,
+    made_columns,
+    nulls,
+    require_no_problem,
+)
 from depthmix.data.files import Item, Part, read_items, read_parts
 from depthmix.data.formats import (
     EXTRAS,
@@ -15,7 +20,6 @@ from depthmix.data.formats import (
     Columns,
     Format,
     Question,
-    Shape,
     conversational,
     recognise,
     required,
@@ -26,14 +30,6 @@ from depthmix.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-T = TypeVar("T")
-
-_SHOWN_PROBLEMS = 5
-
-# Columns of what `datasets` caches, beside TRL's: a row that is broken is kept with its problem,
-# so that all of them are found, and found again in no time.
-_INDEX, _PROBLEM = "depthmix_index", "depthmix_problem"
 
 
 @dataclass(frozen=True)
@@ -105,10 +101,10 @@ def load_source(source: Source) -> tuple[Dataset, str]:
         ConfigError: the sources do not go together.
     """
     loaded = [_load_one(name, source) for name in source.names]
-    _require_no_problem([pair for one in loaded for pair in one.converted])
+    require_no_problem([pair for one in loaded for pair in one.converted])
     name = _common_format(source, [one.format for one in loaded])
     rows = mixed([one.rows(source.columns) for one in loaded], source.weights, source.seed)
-    unused = [n for n in EXTRAS if n in rows.column_names and _nulls(rows, n) == len(rows)]
+    unused = [n for n in EXTRAS if n in rows.column_names and nulls(rows, n) == len(rows)]
     return rows.remove_columns(unused), name
 
 
@@ -133,7 +129,7 @@ def load_questions(
             f"{', '.join(source)}: rows of format {name} hold no question and answer to score; "
             f"formats that do are {able}"
         )
-    return _converted(items, kind_of_rows.question), kind_of_rows
+    return converted_items(items, kind_of_rows.question), kind_of_rows
 
 
 # One source
@@ -162,7 +158,7 @@ class _Loaded:
         rows = concatenate_datasets(taken)
         if len(rows) == 0:
             raise DataError(f"{self.name}: the split takes no rows")
-        return rows.select_columns(list(_made(self.format, columns)))
+        return rows.select_columns(list(made_columns(self.format, columns)))
 
 
 def _load_one(name: str, source: Source) -> _Loaded:
@@ -172,7 +168,7 @@ def _load_one(name: str, source: Source) -> _Loaded:
     row = first.row if first and isinstance(first.row, dict) else {}
     shape = shape_of(row, format, source.columns)
     pieces = [
-        (piece, [(part, _converted_part(part, format, source.template, shape)) for part in parts])
+        (piece, [(part, converted_part(part, format, source.template, shape)) for part in parts])
         for piece, parts in read
     ]
     return _Loaded(name, format, pieces)
@@ -207,132 +203,3 @@ def _common_format(source: Source, formats: list[str]) -> str:
             "dataset_template for questions, or tune on messages alone"
         )
     return formats[0]
-
-
-def _nulls(rows: Dataset, column: str) -> int:
-    return int(rows.data.column(column).null_count)
-
-
-# Checking and converting, inside the cache of `datasets`
-
-
-def _made(format: str, columns: Columns) -> tuple[str, ...]:
-    """Return the columns of TRL that a format becomes."""
-    return FORMATS[format].made or (columns.text,)
-
-
-def _converted_part(part: Part, format: str, template: str | None, shape: Shape) -> Dataset:
-    from datasets import Features, Value
-
-    made = _made(format, shape.columns)
-    texts = dict.fromkeys((*made, _PROBLEM), Value("string"))
-    return part.rows.map(
-        _convert_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=part.rows.column_names,
-        features=Features({**texts, _INDEX: Value("int64")}),
-        fn_kwargs={
-            "parse": part.reader.parse,
-            "format": format,
-            "template": template,
-            "shape": shape,
-            "made": made,
-            "code": code_digest(),
-        },
-        desc="Checking rows",
-    )
-
-
-def _convert_batch(
-    batch: Mapping[str, list[Any]],
-    indices: list[int],
-    parse: Callable[[Row], Any],
-    format: str,
-    template: str | None,
-    shape: Shape,
-    made: tuple[str, ...],
-    code: str,
-) -> dict[str, list[Any]]:
-    del code  # it is there for the key of the cache alone
-    table: dict[str, list[Any]] = {name: [] for name in (*made, _PROBLEM, _INDEX)}
-    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        row: Row = {}
-        problem = None
-        try:
-            written = parse(dict(zip(batch, values, strict=True)))
-            if written is None:
-                continue
-            row = _texts(FORMATS[format].training_row(_object(written), template, shape))
-        except DataError as error:
-            problem = str(error)
-        for name in made:
-            table[name].append(row.get(name))
-        table[_PROBLEM].append(problem)
-        table[_INDEX].append(index)
-    return table
-
-
-def _texts(row: Row) -> Row:
-    return {
-        name: value if value is None or isinstance(value, str) else as_json(value, name)
-        for name, value in row.items()
-    }
-
-
-def _object(row: Any) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"a row must be an object with named fields, not {kind(row)}")
-    return row
-
-
-# What is said of broken rows
-
-
-def _require_no_problem(converted: Sequence[tuple[Part, Dataset]]) -> None:
-    """Raise the first problems and the number of the others."""
-    count = sum(len(rows) - _nulls(rows, _PROBLEM) for _, rows in converted)
-    if count:
-        raise DataError(_listed(_problems(converted), count))
-
-
-def _problems(converted: Iterable[tuple[Part, Dataset]]) -> list[tuple[str, str]]:
-    """Return the first problems, as (source, position and problem)."""
-    found: list[tuple[str, str]] = []
-    for part, rows in converted:
-        columns = (rows.data.column(name).to_pylist() for name in (_INDEX, _PROBLEM))
-        for index, problem in zip(*columns, strict=True):
-            if problem is not None:
-                source, position = part.place(index)
-                found.append((source, f"{position}: {problem}"))
-            if len(found) == _SHOWN_PROBLEMS:
-                return found
-    return found
-
-
-def _converted(items: Iterable[Item], convert: Callable[[Row], T]) -> list[T]:
-    """Convert every row here and now, or raise the first problems."""
-    converted: list[T] = []
-    problems: list[tuple[Item, DataError]] = []
-    for item in items:
-        try:
-            if isinstance(item.row, DataError):
-                raise item.row
-            converted.append(convert(_object(item.row)))
-        except DataError as problem:
-            problems.append((item, problem))
-    if problems:
-        places = [(item.place(), problem) for item, problem in problems[:_SHOWN_PROBLEMS]]
-        found = [(source, f"{position}: {problem}") for (source, position), problem in places]
-        raise DataError(_listed(found, len(problems)))
-    return converted
-
-
-def _listed(problems: list[tuple[str, str]], count: int) -> str:
-    """Name the first problems, each file once, and count the others."""
-    by_source: dict[str, list[str]] = {}
-    for source, problem in problems:
-        by_source.setdefault(source, []).append(problem)
-    parts = [f"{source}: {'; '.join(found)}" for source, found in by_source.items()]
-    more = count - len(problems)
-    return "; ".join([*parts, f"and {more} more"] if more > 0 else parts)

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from depthmix.data.fields import Row, kind, messages_of, text
-from depthmix.data.readers import parse_json
+from depthmix.data.json_files import parse_json
 from depthmix.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
