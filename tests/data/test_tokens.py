@@ -115,7 +115,7 @@ def test_tool_calls_are_rendered_as_written():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     call = {"function": {"name": "f", "arguments": {"when": "2024-05-01", "n": 2**70, "x": 0.1}}}
@@ -123,7 +123,17 @@ def test_tool_calls_are_rendered_as_written():
     rows = rows_of(messages, tools=[{"name": "f"}])
     (text,) = marked(tokenizer, tokenised(rows, "messages", tokenizer))
     arguments = f'{{"when": "2024-05-01", "n": {2**70}, "x": 0.1}}'
-    assert text == f'[{{"name": "f"}}]<|user|>A<|end|><|assistant|>[{arguments}<|end|>]'
+    assert text == f'[{{"name": "f"}}]<|user|>A<|end|><|assistant|>[f{arguments}<|end|>]'
+
+
+def test_tools_and_calls_that_a_template_leaves_out_are_an_error():
+    tokenizer = build_tokenizer()
+    with pytest.raises(DataError, match="have tools, but the chat template leaves them out"):
+        tokenised(rows_of(CHAT, tools=[{"name": "f"}]), "messages", tokenizer)
+    call = {"function": {"name": "fetch", "arguments": {}}}
+    messages = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(DataError, match="message 2: the chat template leaves out the call of fet"):
+        tokenised(rows_of(messages), "messages", tokenizer)
 
 
 def test_a_prompt_of_messages_is_not_supervised():

@@ -83,6 +83,19 @@ def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not renders(parts=False) and renders(parts=True)
 
 
+def renders_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template says anything of tools; many leave them out without a word."""
+    function = {"name": "depthmix_probe", "description": "A probe.", "parameters": _NOTHING}
+    render = renderer(tokenizer, [{"type": "function", "function": function}])
+    try:
+        return "depthmix_probe" in render([{"role": "user", "content": "What?"}], True)
+    except DataError:
+        return True  # it takes them in a form of its own
+
+
+_NOTHING = {"type": "object", "properties": {}}
+
+
 def _in_parts(message: Row) -> Row:
     if not isinstance(message.get("content"), str):
         return message
@@ -112,20 +125,35 @@ def supervised(
     beginnings = [render(messages[: n + 1], False) for n in answers]
     if all(whole.startswith(beginning.rstrip()) for beginning in beginnings):
         spans = (
-            _span(whole, beginning, messages[:n], render)
+            _span(whole, beginning, messages[: n + 1], render)
             for n, beginning in zip(answers, beginnings, strict=True)
         )
         return [Rendered(whole, tuple(spans))]
     return [
-        Rendered(beginning, (_span(beginning, beginning, messages[:n], render),))
+        Rendered(beginning, (_span(beginning, beginning, messages[: n + 1], render),))
         for n, beginning in zip(answers, beginnings, strict=True)
     ]
 
 
-def _span(whole: str, through: str, before: Sequence[Row], render: Render) -> tuple[int, int]:
-    """Return where an answer starts and ends; blanks behind its end token are no part of it."""
+def _span(whole: str, through: str, messages: Sequence[Row], render: Render) -> tuple[int, int]:
+    """Return where the last message starts and ends; blanks behind its end token are left out."""
+    *before, answer = messages
     prompt = render(before, True) if before else ""
-    return common_length(prompt, whole), len(through.rstrip())
+    start, end = common_length(prompt, whole), len(through.rstrip())
+    _require_calls(answer, whole[start:end], len(messages))
+    return start, end
+
+
+def _require_calls(answer: Row, text: str, number: int) -> None:
+    """Raise a `DataError` where a template leaves tool calls out: the model would learn silence."""
+    for call in answer.get("tool_calls") or []:
+        called = call.get("function", call) if isinstance(call, dict) else {}
+        name = called.get("name") if isinstance(called, dict) else None
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"message {number}: the chat template leaves out the call of {name}: it knows no "
+                "tool calls, or not in this form; give one that does with chat_template_path"
+            )
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

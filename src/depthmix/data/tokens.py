@@ -13,6 +13,7 @@ from depthmix.data.conversation import (
     common_length,
     reads_parts,
     renderer,
+    renders_tools,
     supervised,
 )
 from depthmix.data.fields import Row
@@ -81,6 +82,11 @@ def _tokenise(
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     if conversations:  # the template writes the special tokens
         parts = reads_parts(tokenizer)
+        if any(batch.get("tools", [])) and not renders_tools(tokenizer):
+            raise DataError(
+                "the rows have tools, but the chat template leaves them out: give one that renders "
+                "them with chat_template_path, or leave out the column"
+            )
         texts = [
             text
             for index, row in zip(indices, rows, strict=True)
