@@ -115,7 +115,8 @@ def test_tool_calls_are_rendered_as_written():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{{ c.function.arguments | tojson }}{% endfor %}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     call = {"function": {"name": "f", "arguments": {"when": "2024-05-01", "n": 2**70, "x": 0.1}}}
@@ -154,7 +155,9 @@ def test_options_of_the_template_in_a_row():
 def test_what_a_template_refuses_is_one_error():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"row 1 of the training data: .* roles must alternate"):
+    with pytest.raises(
+        DataError, match=r"row 1 of the training data \('S'\): .* roles must alternate"
+    ):
         tokenised(rows_of(CHAT), "messages", tokenizer)
 
 

@@ -71,6 +71,8 @@ def load_data(
     """Load rows to train on, in TRL's columns: prompt and completion, messages, or text.
 
     TRL adds the end-of-sequence token to a completion and to a text, where it is supervised.
+    Messages and tools are columns of type Json, which gives numbers of up to 64 bits; `depthmix
+    train` takes them from `load_source`, exact.
     The arguments are fields of `Source`; `text_field` is the column of format text.
 
     Returns:

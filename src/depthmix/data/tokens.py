@@ -105,12 +105,14 @@ def _rendered(
     row: Row, index: int, tokenizer: PreTrainedTokenizerBase, supervise: Supervise, parts: bool
 ) -> list[Rendered]:
     row = {name: json.loads(value) for name, value in row.items() if value is not None}
-    prompt, messages = row.get("prompt", []), row.get("messages") or row["completion"]
+    prompt = row.get("prompt", [])
+    conversation = [*prompt, *(row.get("messages") or row["completion"])]
     render = renderer(tokenizer, row.get("tools"), row.get("chat_template_kwargs"), parts)
     try:
-        return supervised([*prompt, *messages], len(prompt), supervise, render)
+        return supervised(conversation, len(prompt), supervise, render)
     except DataError as error:
-        raise DataError(f"row {index + 1} of the training data: {error}") from None
+        begin = str(conversation[0].get("content"))[:40]
+        raise DataError(f"row {index + 1} of the training data ({begin!r}): {error}") from None
 
 
 def _plain(row: Row, supervise: Supervise) -> Rendered:
