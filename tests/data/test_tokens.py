@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from command_fixtures import CHAT_TEMPLATE, build_model, build_tokenizer
 from depthmix.data.conversation import reads_parts, renderer, supervised
 from depthmix.data.counts import count_tokens
+from depthmix.data.load import Source, load_source
 from depthmix.data.tokens import IGNORED, tokenised
 from depthmix.errors import DataError
 
@@ -248,3 +249,18 @@ def test_a_template_may_render_nothing_before_the_first_answer():
 
     (found,) = supervised(CHAT[2:3], 0, "assistant", render)
     assert (found.text, found.spans) == ("<x>", ((0, 3),))
+
+
+def test_what_was_read_and_tokenised_once_is_found_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": CHAT[1:3]}) for _ in range(3)))
+
+    def files():
+        rows, format = load_source(Source([str(path)]))
+        tokens = tokenised(rows, format, build_tokenizer())
+        found = {file["filename"] for data in (rows, tokens) for file in data.cache_files}
+        return {name: Path(name).stat().st_mtime_ns for name in found}
+
+    first = files()
+    assert len(first) == 2
+    assert files() == first
