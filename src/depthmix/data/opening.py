@@ -59,7 +59,8 @@ def loaded(builder: str, files: Sequence[str], **options: Any) -> Dataset:
         if isinstance(error, OSError):
             raise DataError(f"{files[0]}: {error.strerror or error}") from error
         if "corresponds to no data" in str(error):
-            return datasets.Dataset.from_list([], features=options.get("features"))
+            features = options.get("features", {})
+            return datasets.Dataset.from_dict({name: [] for name in features}, features or None)
         if len(files) > 1:  # which one it is
             for file in files:
                 loaded(builder, [file], **options)
