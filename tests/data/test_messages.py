@@ -129,6 +129,15 @@ def test_several_sources(tmp_path):
         load_source(Source(names, weights=[1.0]))
 
 
+def test_tools_of_few_rows_outlive_a_mixture(tmp_path):
+    plain, tools = {"messages": CHAT}, {"messages": CHAT, "tools": [{"name": "f"}]}
+    names = [lines(tmp_path / "a.jsonl", *[plain] * 6), lines(tmp_path / "b.jsonl", plain, tools)]
+    mixed, _ = load_source(Source(names, weights=[1.0, 1.0]))
+    assert json.dumps([{"name": "f"}]) in mixed["tools"][:]
+    mixed, _ = load_source(Source(names[:1] * 2, weights=[1.0, 1.0]))
+    assert mixed.column_names == ["messages"]
+
+
 def test_sources_that_would_be_prompted_in_different_ways(tmp_path):
     question = lines(tmp_path / "a.jsonl", {"question": "x", "answer": "y"})
     alpaca = lines(tmp_path / "b.jsonl", {"instruction": "x", "output": "y"})

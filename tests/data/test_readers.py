@@ -103,6 +103,16 @@ def test_tables_with_tabs_and_arrow(tmp_path):
     assert load_data([str(arrow)])[0].to_list() == [pair(3)]
 
 
+def test_shards_whose_columns_differ(tmp_path):
+    names = []
+    for number, more in enumerate(({}, {"note": 3})):
+        names.append(str(tmp_path / f"train-{number}.parquet"))
+        Dataset.from_list([{**pair(number), **more}]).to_parquet(names[-1])
+    with pytest.raises(DataError, match=r"train-0\.parquet and 1 more: their columns differ"):
+        load_data([str(tmp_path)])
+    assert load_data(names)[0].to_list() == [pair(0), pair(1)]
+
+
 def test_patterns_and_names_that_look_like_one(tmp_path, monkeypatch):
     lines(tmp_path / "a" / "x.jsonl", [pair(0)])
     lines(tmp_path / "b" / "y[1].jsonl", [pair(1)])

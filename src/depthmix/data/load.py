@@ -106,7 +106,8 @@ def load_source(source: Source) -> tuple[Dataset, str]:
     require_no_problem([pair for one in loaded for pair in one.converted])
     name = _common_format(source, [one.format for one in loaded])
     rows = mixed([one.rows(source.columns) for one in loaded], source.weights, source.seed)
-    unused = [n for n in EXTRAS if n in rows.column_names and nulls(rows, n) == len(rows)]
+    written = rows.data.num_rows  # of which a mixture draws
+    unused = [n for n in EXTRAS if n in rows.column_names and nulls(rows, n) == written]
     return rows.remove_columns(unused), name
 
 

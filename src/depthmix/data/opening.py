@@ -61,9 +61,13 @@ def loaded(builder: str, files: Sequence[str], **options: Any) -> Dataset:
         if "corresponds to no data" in str(error):
             features = options.get("features", {})
             return datasets.Dataset.from_dict({name: [] for name in features}, features or None)
-        if len(files) > 1:  # which one it is
-            for file in files:
+        if len(files) > 1:
+            for file in files:  # which one it is
                 loaded(builder, [file], **options)
+            raise DataError(
+                f"{files[0]} and {len(files) - 1} more: their columns differ; give them one by one, "
+                "as several sources"
+            ) from error
         cause = error.__cause__ or error
         raise DataError(f"{files[0]}: {_problem(builder, files[0], cause)}") from error
 

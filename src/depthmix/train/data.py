@@ -145,7 +145,7 @@ def _tokenizer(arguments: TrainArguments, formats: set[str]) -> PreTrainedTokeni
     if not tokenizer.eos_token:
         raise ConfigError("the tokenizer has no end-of-sequence token: name one with eos_token")
     if training.chat_template_path:
-        tokenizer.chat_template = _template(Path(training.chat_template_path).expanduser())
+        tokenizer.chat_template = _template(Path(training.chat_template_path))
     if any(map(conversational, formats)) and not tokenizer.chat_template:
         raise ConfigError(
             "the rows are messages, but the tokenizer has no chat template: give one with "

@@ -45,7 +45,6 @@ def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
     set_seed(arguments.training.seed)  # adapters begin with random numbers
     base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
     model = tune(base, arguments.run, arguments.mode, arguments.model)
-    arguments.training.chat_template_path = None  # the tokenizer has it
     try:
         return SFTTrainer(
             model=model,
