@@ -65,8 +65,8 @@ def loaded(builder: str, files: Sequence[str], **options: Any) -> Dataset:
             for file in files:  # which one it is
                 loaded(builder, [file], **options)
             raise DataError(
-                f"{files[0]} and {len(files) - 1} more: their columns differ; give them one by one, "
-                "as several sources"
+                f"{files[0]} and {len(files) - 1} more: their columns differ; give them one by "
+                "one, as several sources"
             ) from error
         cause = error.__cause__ or error
         raise DataError(f"{files[0]}: {_problem(builder, files[0], cause)}") from error
