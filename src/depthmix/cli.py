@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 
 import depthmix
-from depthmix.errors import ConfigError, DepthmixError
+import depthmix.quiet
+from depthmix.errors import ConfigError, DepthmixError, Stopped
 from depthmix.pretrained import ignore_renamed_properties
 
 COMMANDS = {
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.
 
     0: done. 1: something failed. 2: the command line or the configuration is wrong.
-    130: stopped by Ctrl-C.
+    130, 143: stopped by Ctrl-C, by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -63,9 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as stop:  # argparse has printed its help
         return int(stop.code or 0)
+    except Stopped as stop:
+        if str(stop):
+            print(f"depthmix: {stop}", file=sys.stderr)
+        return stop.status
     except (DepthmixError, OSError) as error:
         if os.environ.get("DEPTHMIX_TRACEBACK"):
             raise
+        _close_bars()
         print(f"depthmix: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
@@ -91,6 +97,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
     ignore_renamed_properties()
+    if not sys.stderr.isatty():  # bars are drawn over and over, which a file keeps
+        os.environ.setdefault("TQDM_DISABLE", "1")
     command = importlib.import_module(f"depthmix.commands.{name}")
     return int(command.run(rest))
 
@@ -99,6 +107,15 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = (f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     return _USAGE.format(commands="\n".join(lines))
+
+
+def _close_bars() -> None:
+    """End the line of a progress bar that is still open, so that an error gets one of its own."""
+    if sys.stderr.isatty() and "tqdm.std" in sys.modules:
+        from tqdm.std import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
 
 
 def _discard_output() -> None:

@@ -28,6 +28,19 @@ class TrainingError(DepthmixError, RuntimeError):
     """A training set-up in which MoDE would silently learn nothing, or learn wrong."""
 
 
+class Stopped(DepthmixError):
+    """A signal ended training, with a checkpoint; the message says how to go on.
+
+    Args:
+        message: what is told.
+        signal_number: of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal_number  # as a shell would give it
+
+
 class DataError(DepthmixError, ValueError):
     """A data file or row is broken; the message names the file, the line and the field."""
 

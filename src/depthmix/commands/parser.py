@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,7 +84,9 @@ def integer(least: int, most: int = MOST_INTEGER) -> Callable[[str], int]:
     return read
 
 
-def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+def number(
+    least: int | float, most: int | float = math.inf, above: bool = False
+) -> Callable[[str], float]:
     """Return a type: finite numbers from `least` (or above it) to `most`."""
 
     def read(text: str) -> float:
@@ -113,15 +116,39 @@ def folder(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """A type: a file to write or read; `~` is the home folder."""
-    if not text.strip() or "\0" in text:
+    """A type: a file to read; `~` is the home folder."""
+    if not text.strip() or not _is_unicode(text) or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a path, not {shown(text)}")
     return Path(text).expanduser()
+
+
+def require_matplotlib(what: str) -> None:
+    """Raise a ConfigError, before any work is done, unless matplotlib is there."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(f"{what} needs matplotlib: pip install 'depthmix[plot]'")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _place(found: re.Match[str]) -> str:
     """Name the option as other errors do: `--k must be`, `--k: expected one argument`."""
     return f"{found[1]}{found[2] or ':'}"
+
+
+def output_file(text: str) -> Path:
+    """A type: a file to write; that it can be is found before there is anything to write."""
+    path = file(text)
+    if path.is_dir() or any(parent.is_file() for parent in path.parents):
+        raise argparse.ArgumentTypeError(f"there can be no file {text}")
+    return path
+
+
+def name_or_folder(text: str) -> str:
+    """A type: a folder, or the name of a model on the hub; `~` is the home folder."""
+    path = str(file(text))
+    return path if text.startswith("~") else text
 
 
 def _formatter(prog: str) -> argparse.RawDescriptionHelpFormatter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,26 +33,17 @@ def run(argv: Sequence[str]) -> int:
 
 
 def train(arguments: TrainArguments) -> int:
-    """Train, save and say where the result is; 130 after Ctrl-C, with a checkpoint saved."""
+    """Train, save and say where the result is."""
     folder = Path(str(arguments.training.output_dir))
     trainer = fit(arguments)
-    main_process = trainer.is_world_process_zero()
-    if trainer.state.global_step < trainer.state.max_steps:
-        if main_process:
-            print(_stopped(trainer, folder), file=sys.stderr)
-        return 130
     with write_errors():
         output.save(folder, trainer)
-    if main_process:
+    if trainer.is_world_process_zero():
         print(_summary(trainer, folder))
+        address = output.send(folder, trainer)
+        if address:
+            print(f"sent to {address}")
     return 0
-
-
-def _stopped(trainer: SFTTrainer, folder: Path) -> str:
-    return (
-        f"depthmix: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-        f"go on with: depthmix train {folder / output.CONFIG_NAME} --resume"
-    )
 
 
 def _summary(trainer: SFTTrainer, folder: Path) -> str:
@@ -63,7 +53,8 @@ def _summary(trainer: SFTTrainer, folder: Path) -> str:
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     parts = [f"saved in {folder}"]
     if losses:
-        parts.append(f"loss {losses[0]:.4g} -> {losses[-1]:.4g}")
+        first = f"{losses[0]:.4g} -> " if len(losses) > 1 else ""
+        parts.append(f"loss {first}{losses[-1]:.4g}")
     if evaluations:
         parts.append(f"eval loss {evaluations[-1]:.4g}")
     return f'{"; ".join(parts)}; try it: depthmix generate {folder} --prompt "..."'

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from depthmix.config import MoDEConfig
 from depthmix.data.conversation import Supervise
 from depthmix.errors import ConfigError
+from depthmix.train.installed import require_deepspeed
 from depthmix.train.options import (
     Given,
     Option,
@@ -158,6 +159,20 @@ class RunOptions:
     cache_dir: str | None = field(
         default=None, metadata=_help("Folder of the caches. Default: ~/.cache/depthmix.")
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=_help(
+            "Stop after so many evaluations without a better eval_loss (or metric_for_best_model), "
+            "and take the best checkpoint."
+        ),
+    )
+    eval_accuracy: int | None = field(
+        default=None,
+        metadata=_help(
+            "Answer so many evaluation rows by generation at each evaluation, logged as "
+            "eval_accuracy."
+        ),
+    )
     resume: bool = field(
         default=False, metadata=_help("Go on from the last checkpoint in output_dir.")
     )
@@ -240,7 +255,15 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     Raises:
         ConfigError: a key is unknown or a value does not fit; the message names the place.
     """
-    given = read(argv)
+    return resolve(read(argv))
+
+
+def resolve(given: Mapping[str, Given]) -> TrainArguments:
+    """Return typed options, with defaults filled in.
+
+    Raises:
+        ConfigError: a key is unknown or a value does not fit; the message names the place.
+    """
     run, mode, rest = split_own(given)
     model, training, chosen = _trl(run, rest)
     for name, value in (
@@ -254,6 +277,8 @@ def parse(argv: Sequence[str]) -> TrainArguments:
         raise ConfigError(
             "eval_strategy is set, but there is no eval_dataset and no validation_split"
         )
+    if training.eval_strategy == "no" and "eval_steps" in chosen:
+        raise ConfigError("eval_steps is set, but nothing is evaluated: give eval_dataset")
     return TrainArguments(run, mode, model, training, chosen)
 
 
@@ -314,6 +339,7 @@ def _trl(
     require_known(given, [*for_model, *for_training, *own])
     model = typed(for_model, given)
     training = _without_old_names(typed(for_training, given))
+    require_deepspeed(training.get("deepspeed"))
     training = _without_trls_masks(run, training)
     training = {**_training_defaults(run, training), **training}
     if run.method != "full" and training["bf16"]:
@@ -352,15 +378,32 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
     import torch
     from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+    eval_strategy = _eval_strategy(run, training)
     accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
     prefix_is_trained = not run.late_layers_only and run.method != "none"
     return {
         "learning_rate": _LEARNING_RATES[run.method],
         "save_strategy": "steps" if "save_steps" in training else "epoch",
-        "eval_strategy": _eval_strategy(run, training),
+        "eval_strategy": eval_strategy,
         "bf16": accelerated and is_torch_bf16_gpu_available() and not training.get("fp16"),
         "activation_checkpointing": accelerated and prefix_is_trained,
         "dataloader_pin_memory": accelerated,
+        **_early_stopping_defaults(run, training, eval_strategy),
+    }
+
+
+def _early_stopping_defaults(
+    run: RunOptions, training: Mapping[str, Any], eval_strategy: str
+) -> dict[str, Any]:
+    """Return what early stopping needs: checkpoints where there are evaluations, the best kept."""
+    if run.early_stopping_patience is None:
+        return {}
+    steps = {"save_steps": training["eval_steps"]} if "eval_steps" in training else {}
+    return {
+        "load_best_model_at_end": True,
+        "save_strategy": training.get("eval_strategy", eval_strategy),
+        "restore_callback_states_from_checkpoint": True,
+        **steps,
     }
 
 
@@ -378,8 +421,12 @@ def _checked(cls: type[Any], values: dict[str, Any]) -> Any:
     """Build one of TRL's dataclasses; what it refuses becomes a `ConfigError`."""
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+# What transformers and accelerate raise where they refuse an option.
+_REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, OSError, KeyError, AssertionError)
 
 
 def _mode_config(values: dict[str, Any], given: Mapping[str, Given]) -> MoDEConfig:

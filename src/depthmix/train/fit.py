@@ -5,34 +5,53 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.errors import ConfigError, TrainingError
+from depthmix.errors import ConfigError, Stopped, TrainingError
 from depthmix.files import write_errors
 from depthmix.pretrained import load_base
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments
+from depthmix.train.checks import (
+    require_known_positions,
+    require_known_tokens,
+    require_possible,
+)
 from depthmix.train.data import TrainingData, prepare_data, require_rows
 from depthmix.train.data import notes as data_notes
 
 if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer
 
+    from depthmix.train.hub import Hub
+
 
 def fit(arguments: TrainArguments) -> SFTTrainer:
-    """Train to the end or to Ctrl-C, and return the trainer."""
+    """Train to the end and return the trainer.
+
+    Raises:
+        Stopped: by Ctrl-C or SIGTERM, with a checkpoint.
+    """
     from depthmix.train.caching import caching
-    from depthmix.train.interrupt import stopping_on_interrupt
+    from depthmix.train.interrupt import stopping_on_signals
 
     folder = Path(str(arguments.training.output_dir))
+    require_possible(arguments)
     checkpoint = output.prepare(folder, arguments)
-    data = prepare_data(arguments)
-    require_rows(data, arguments)
-    trainer = _trainer(arguments, data)
-    notes = [*_without_effect(arguments), *data_notes(data, arguments)]
-    if trainer.is_world_process_zero():
-        output.write_config(folder, arguments, data.format)
-        print(*notes, sep="\n", end="\n" if notes else "")
-    with caching(arguments, trainer), stopping_on_interrupt(trainer):
-        _fit(trainer, checkpoint)
+    hub = _hub(arguments)
+    with output.no_empty_folder(folder):
+        data = prepare_data(arguments)
+        require_rows(data, arguments)
+        trainer = _trainer(arguments, data)
+        require_known_tokens(trainer)
+        require_known_positions(trainer, _prompt_tokens(arguments))
+        notes = [*_without_effect(arguments), *data_notes(data, arguments)]
+        _follow(trainer, arguments, hub)
+        with caching(arguments, trainer), stopping_on_signals(trainer) as signals:
+            if trainer.is_world_process_zero():
+                output.begin(folder, arguments, data.format)
+                print(*notes, sep="\n", end="\n" if notes else "")
+            _fit(trainer, checkpoint)
+    if signals.received and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(_stopped(trainer, folder), signals.received)
     return trainer
 
 
@@ -43,7 +62,10 @@ def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
     from depthmix.train.methods import tune
 
     set_seed(arguments.training.seed)  # adapters begin with random numbers
-    base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
+    try:
+        base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
+    except TypeError as error:  # an option that the model's class does not have
+        raise ConfigError(f"model_init_kwargs: {error}") from error
     model = tune(base, arguments.run, arguments.mode, arguments.model)
     try:
         return SFTTrainer(
@@ -56,6 +78,38 @@ def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
         )
     except (ValueError, RuntimeError, ImportError) as error:  # options at odds, missing packages
         raise ConfigError(str(error)) from error
+
+
+def _hub(arguments: TrainArguments) -> Hub | None:
+    """Return what sends the run to the hub, if that is asked for."""
+    if not arguments.training.push_to_hub or arguments.training.process_index > 0:
+        arguments.training.push_to_hub = False
+        return None
+    from depthmix.train.hub import Hub
+
+    return Hub(arguments.training)
+
+
+def _follow(trainer: SFTTrainer, arguments: TrainArguments, hub: Hub | None) -> None:
+    """Add the callbacks that a run asks for."""
+    from transformers import EarlyStoppingCallback
+
+    from depthmix.train.accuracy import EvalAccuracy
+    from depthmix.train.progress import say_progress
+
+    run = arguments.run
+    if run.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(run.early_stopping_patience))
+    if run.eval_accuracy is not None:  # first, so that trackers and early stopping have its figure
+        trainer.callback_handler.callbacks.insert(0, EvalAccuracy(trainer, run.eval_accuracy))
+    if hub is not None:
+        trainer.add_callback(hub)
+    say_progress(trainer)
+
+
+def _prompt_tokens(arguments: TrainArguments) -> int:
+    run = arguments.run
+    return run.num_virtual_tokens if run.method == "prompt_tuning" else 0
 
 
 def _loading_options(arguments: TrainArguments) -> dict[str, Any]:
@@ -111,8 +165,10 @@ def _optimizer(arguments: TrainArguments, model: Any) -> tuple[Any, dict[str, An
 def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
     import torch
 
+    from depthmix.train.restore import loading
+
     try:
-        with write_errors():
+        with write_errors(), loading(checkpoint, trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -122,6 +178,16 @@ def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
 
 
 # What the user is told
+
+
+def _stopped(trainer: SFTTrainer, folder: Path) -> str:
+    """Return how to go on, for the first process to say."""
+    if not trainer.is_world_process_zero():
+        return ""
+    return (
+        f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+        f"go on with: depthmix train {folder / output.CONFIG_NAME} --resume"
+    )
 
 
 def _without_effect(arguments: TrainArguments) -> list[str]:

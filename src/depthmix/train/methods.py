@@ -32,13 +32,15 @@ def tune(
 
     tuned_layers = mode.k if run.late_layers_only else None
     config = peft_config(run, model_config)
+    _require_names(model, model_config)
     try:
         return attach(
             model, mode if run.mode else MoDEConfig(k=1), config, tuned_layers=tuned_layers
         )
     except DepthmixError:
         raise
-    except ValueError as error:  # PEFT's: unknown target modules, an architecture without defaults
+    # PEFT's: unknown target modules, an architecture without defaults; torch's: no such memory.
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"method {run.method}: {error}") from error
 
 
@@ -88,6 +90,19 @@ def _method_config(run: RunOptions, options: ModelConfig) -> PeftConfig:
         use_rslora=options.use_rslora,
         use_dora=options.use_dora or run.method == "dora",
     )
+
+
+def _require_names(model: PreTrainedModel, options: ModelConfig) -> None:
+    """PEFT passes over names that are not there, in silence."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for option, known in (
+        ("lora_modules_to_save", modules),
+        ("lora_target_parameters", parameters),
+    ):
+        for name in getattr(options, option) or ():
+            if not any(f".{path}".endswith(f".{name}") for path in known):
+                raise ConfigError(f"{option}: the model has no {name}")
 
 
 def _target_modules(options: ModelConfig) -> list[str] | str:

@@ -7,7 +7,6 @@ as text, and an error is to name the file and the line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,19 +17,28 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from depthmix.errors import ConfigError
+from depthmix.errors import ConfigError, nearest, shown
+from depthmix.train.values import checked
 
 # Short names that other tools use, for "did you mean".
 _ALSO_KNOWN_AS = {
     "base_model": "model_name_or_path",
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
+    "grad_accum": "gradient_accumulation_steps",
     "lambda": "distill_weight",
+    "lora_rank": "lora_r",
     "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
     "model": "model_name_or_path",
+    "norm_lr": "norm_learning_rate",
     "output": "output_dir",
     "peft": "method",
+    "r": "lora_r",
     "rank": "lora_r",
+    "router_lr": "router_learning_rate",
+    "target_modules": "lora_target_modules",
     "use_peft": "method",
 }
 
@@ -74,6 +82,11 @@ class Option:
     choices: tuple[Any, ...]
     bare: Any = None
 
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is dataclasses.MISSING
+
 
 def options(cls: type[Any]) -> dict[str, Option]:
     """Return the fields of a dataclass as options."""
@@ -108,32 +121,84 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: str) -> dict[str, Given]:
     """Read a flat mapping, keeping the text and the line number of every value."""
+    return {name: _given(path, entry) for name, entry in _entries(path, _compose(path)).items()}
+
+
+def read_nested(path: str, depths: Mapping[str, int]) -> dict[str, Any]:
+    """Read a mapping some of whose values are mappings themselves.
+
+    Args:
+        path: of the file.
+        depths: how many mappings deep the values under a key are, where that is not 0.
+
+    Returns:
+        A `Given`, or a mapping of them, or a mapping of mappings, by key.
+    """
+    entries = _entries(path, _compose(path))
+    return {name: _nested(path, entry, depths.get(name, 0)) for name, entry in entries.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A key of a YAML mapping and its value; `name` tells of what it is a part."""
+
+    name: str
+    line: int
+    node: yaml.Node
+
+
+def _entries(path: str, node: yaml.Node | None, within: str = "") -> dict[str, _Entry]:
+    if node is None or _is_null(node):
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        place = f"{path}:{node.start_mark.line + 1}: {within[:-1]}" if within else path
+        raise ConfigError(f"{place}: must hold `key: value` lines")
+    found: dict[str, _Entry] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in found:
+            raise ConfigError(f"{path}:{line}: {within}{name} is given twice")
+        found[name] = _Entry(f"{within}{name}", line, value)
+    return found
+
+
+def _nested(path: str, entry: _Entry, depth: int) -> Any:
+    if depth == 0:
+        return _given(path, entry)
+    inner = _entries(path, entry.node, f"{entry.name}.")
+    return {name: _nested(path, part, depth - 1) for name, part in inner.items()}
+
+
+def _given(path: str, entry: _Entry) -> Given:
+    place = f"{path}:{entry.line}: {entry.name}"
     try:
-        root = yaml.compose(Path(path).read_text("utf-8"), Loader=_Loader)
+        return Given(_text(entry.node), place)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place}: not plain values: {error}") from error
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def _compose(path: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(Path(path).expanduser().read_text("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: must hold `key: value` lines")
-    given: dict[str, Given] = {}
-    for key, value in root.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in given:
-            raise ConfigError(f"{path}:{line}: {name} is given twice")
-        given[name] = Given(_text(value), f"{path}:{line}: {name}")
-    return given
 
 
 def _text(node: yaml.Node) -> Any:
     """Return scalars as written, lists of them, and mappings as the values they mean."""
     if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+        return None if _is_null(node) else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_text(item) for item in node.value]
     return _mapping(yaml.serialize(node))
@@ -194,7 +259,7 @@ def typed(known: Mapping[str, Option], given: Mapping[str, Given]) -> dict[str, 
     for name, value in given.items():
         if name in known:
             try:
-                values[name] = convert(_all_given(value, known[name]), known[name])
+                values[name] = checked(name, convert(_all_given(value, known[name]), known[name]))
             except ValueError as error:
                 raise ConfigError(f"{value.place}: {error}") from None
     return values
@@ -218,8 +283,7 @@ def require_known(given: Mapping[str, Given], known: Iterable[str]) -> None:
 def _suggestion(name: str, known: list[str]) -> str:
     if name in _ALSO_KNOWN_AS:
         return f"; did you mean {_ALSO_KNOWN_AS[name]}?"
-    close = difflib.get_close_matches(name, known, n=1) or [k for k in known if name in k]
-    return f"; did you mean {close[0]}?" if close else ""
+    return nearest(name, known)
 
 
 def convert(text: Any, known: Option) -> Any:
@@ -305,7 +369,10 @@ def _hashable(text: Any) -> Any:
 
 
 def _as_mapping(text: Any) -> dict[str, Any]:
-    value = _mapping(text) if isinstance(text, str) and text.startswith("{") else text
+    try:
+        value = _mapping(text) if isinstance(text, str) and text.startswith("{") else text
+    except yaml.YAMLError as error:
+        raise ValueError("not a mapping") from error
     if not isinstance(value, dict):
         raise ValueError("not a mapping")
     return value
@@ -323,9 +390,12 @@ def _in_words(kind: Any) -> str:
         int: "an integer",
         float: "a number",
         dict: "a mapping",
-        list: f"a list of {'numbers' if get_args(kind) == (float,) else 'texts'}",
+        list: f"a list of {_ITEMS.get(get_args(kind), 'texts')}",
         str: "a text",
     }[family]
+
+
+_ITEMS: dict[tuple[Any, ...], str] = {(float,): "numbers", (int,): "integers"}
 
 
 def _one_of(choices: Iterable[Any]) -> str:
@@ -334,5 +404,5 @@ def _one_of(choices: Iterable[Any]) -> str:
 
 def _shown(text: Any) -> str:
     if isinstance(text, list):
-        return f"{len(text)} values ({', '.join(map(str, text))})"
-    return "null" if text is None else repr(text)
+        return f"{len(text)} values ({', '.join(map(shown, text))})"
+    return "null" if text is None else shown(text)

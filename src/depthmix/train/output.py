@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 import depthmix
-from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.train.arguments import TrainArguments
+from depthmix.train.resume import checkpoints, last_checkpoint, require_same_run, require_state
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,36 +25,38 @@ CONFIG_NAME = "depthmix.yaml"
 # The last files to appear in a finished run, and the sign of one.
 _MODEL_CONFIGS = ("adapter_config.json", "config.json")
 
-# What a run that goes on must have in common with its checkpoint.
-_LASTING = (
-    "model_name_or_path",
-    "dataset",
-    "method",
-    "mode",
-    "late_layers_only",
-    "num_virtual_tokens",
-    "vera_r",
-    "lora_r",
-    "lora_target_modules",
-    "use_dora",
-    *(field.name for field in dataclasses.fields(MoDEConfig)),
-)
-
 
 def prepare(folder: Path, arguments: TrainArguments) -> str | None:
-    """Make the folder ready for a run and return the checkpoint to go on from, if any.
+    """Look at the folder of a run and return the checkpoint to go on from, if any.
 
     Raises:
         ConfigError: the folder holds something that was not asked to be continued or replaced.
     """
     named = arguments.training.resume_from_checkpoint
-    if named and not (Path(named) / "trainer_state.json").exists():
-        raise ConfigError(f"resume_from_checkpoint {named}: there is no whole checkpoint")
     if named or arguments.run.resume:
-        return named or _resumable(folder, arguments)
-    if arguments.training.process_index == 0:  # the first process alone changes the folder
-        _make_room(folder, arguments)
+        return str(_resumable(Path(named) if named else None, folder, arguments))
+    _require_room(folder, arguments)
     return None
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Take away the folder that the Trainer makes, where a run fails before it begins."""
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):  # it holds something, or is not there
+                folder.rmdir()
+        raise
+
+
+def begin(folder: Path, arguments: TrainArguments, row_format: str) -> None:
+    """Take the folder over from the run before, if that is asked for, and say what is run."""
+    if arguments.run.overwrite:
+        _remove_run(folder)
+    write_config(folder, arguments, row_format)
 
 
 def write_config(folder: Path, arguments: TrainArguments, row_format: str) -> None:
@@ -80,7 +82,19 @@ def save(folder: Path, trainer: Trainer) -> None:
         staging.rmdir()
 
 
-def _make_room(folder: Path, arguments: TrainArguments) -> None:
+def send(folder: Path, trainer: Trainer) -> str | None:
+    """Send a saved run to the hub, if that is asked for, and return its address there.
+
+    Raises:
+        DepthmixError: it could not be sent.
+    """
+    from depthmix.train.hub import Hub
+
+    hub = trainer.pop_callback(Hub)
+    return hub.finish(folder) if isinstance(hub, Hub) else None
+
+
+def _require_room(folder: Path, arguments: TrainArguments) -> None:
     if folder.resolve() == Path(str(arguments.model.model_name_or_path)).resolve():
         raise ConfigError(f"output_dir {folder} is the folder of the base model")
     held = _held(folder)
@@ -91,48 +105,35 @@ def _make_room(folder: Path, arguments: TrainArguments) -> None:
             f"output_dir {folder} holds {held}: go on with it (--resume), replace it (--overwrite) "
             "or choose another"
         )
-    if held:
-        _remove_run(folder)
 
 
 def _held(folder: Path) -> str | None:
     """Say what a folder holds."""
     if any((folder / name).exists() for name in _MODEL_CONFIGS):
         return "a finished run"
-    return "an unfinished run" if _checkpoints(folder) else None
+    return "an unfinished run" if checkpoints(folder) else None
 
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run leaves: its checkpoints, its configuration and its weights."""
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
     named = [folder / name for name in (CONFIG_NAME, *_MODEL_CONFIGS)]
     for path in (*named, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-
-
-def _resumable(folder: Path, arguments: TrainArguments) -> str:
-    """Return the last checkpoint that is whole, if it belongs to a run like this one."""
-    # The Trainer writes its state last.
-    whole = [p for p in _checkpoints(folder) if (p / "trainer_state.json").exists()]
-    if not whole:
-        raise ConfigError(f"--resume: no checkpoint in {folder}; leave out --resume to start anew")
-    _require_same_run(folder / CONFIG_NAME, arguments)
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
-
-
-def _require_same_run(stored: Path, arguments: TrainArguments) -> None:
-    if not stored.exists():
+def _resumable(named: Path | None, folder: Path, arguments: TrainArguments) -> Path:
+    """Return the checkpoint to go on from, if it belongs to a run like this one."""
+    if named and not (named / "trainer_state.json").exists():
+        raise ConfigError(f"resume_from_checkpoint {named}: there is no whole checkpoint")
+    checkpoint = named or last_checkpoint(folder)
+    require_state(checkpoint)
+    record = checkpoint.parent / CONFIG_NAME
+    if record.exists():
+        require_same_run(record, checkpoint, arguments)
+    elif named is None:
         raise ConfigError(
-            f"--resume: {stored} is missing; name the checkpoint with --resume_from_checkpoint"
+            f"--resume: {record} is missing; name the checkpoint with --resume_from_checkpoint"
         )
-    before, now = yaml.safe_load(stored.read_text("utf-8")), arguments.resolved()
-    for name in _LASTING:
-        if before.get(name) != now.get(name):
-            raise ConfigError(
-                f"--resume: {name} was {before.get(name)!r} ({stored}) and is {now.get(name)!r} now"
-            )
+    return checkpoint

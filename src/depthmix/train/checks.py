@@ -1,0 +1,191 @@
+"""What cannot be done is said before anything is loaded; what the data shows, before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depthmix.errors import ConfigError, DataError
+from depthmix.train.installed import require_file, require_package
+
+if TYPE_CHECKING:
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from depthmix.train.arguments import TrainArguments
+
+
+def require_possible(arguments: TrainArguments) -> None:
+    """Refuse options that are at odds, and packages and files that are missing.
+
+    Raises:
+        ConfigError: names the option and the way out.
+    """
+    _require_objective(arguments)
+    _require_evaluation(arguments)
+    _require_files(arguments)
+    _require_packages(arguments)
+
+
+def _require_objective(arguments: TrainArguments) -> None:
+    """MoDE has its own loss."""
+    training = arguments.training
+    if training.label_smoothing_factor > 0:
+        raise ConfigError("label_smoothing_factor: the loss of MoDE has no label smoothing")
+    if training.loss_type != "nll":
+        raise ConfigError(
+            f"loss_type={training.loss_type!r}: MoDE has its own loss; leave loss_type at 'nll'"
+        )
+    if training.packing and training.max_length is None:
+        raise ConfigError("packing fills rows up to max_length, which is null: set one of the two")
+
+
+def _require_evaluation(arguments: TrainArguments) -> None:
+    run, training = arguments.run, arguments.training
+    for name in ("early_stopping_patience", "eval_accuracy"):
+        if getattr(run, name) is not None and training.eval_strategy == "no":
+            raise ConfigError(f"{name} needs evaluations: give eval_dataset")
+    packed = training.packing if training.eval_packing is None else training.eval_packing
+    if run.eval_accuracy is not None and packed:
+        raise ConfigError("eval_accuracy needs rows one by one: set eval_packing to false")
+
+
+def _require_files(arguments: TrainArguments) -> None:
+    training = arguments.training
+    template = training.chat_template_path
+    if template and not template.endswith((".jinja", ".j2")):
+        raise ConfigError("chat_template_path: expected a .jinja file (new tokens are not trained)")
+    for name in ("chat_template_path", "fsdp_config"):
+        require_file(name, getattr(training, name))
+    cache = arguments.run.cache_dir
+    if cache and Path(cache).is_file():
+        raise ConfigError(f"cache_dir {cache} is a file, not a folder")
+
+
+def _require_packages(arguments: TrainArguments) -> None:
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    training: Any = arguments.training
+    if training.use_liger_kernel:
+        require_package("use_liger_kernel", "liger_kernel")
+    _require_quantisation(arguments.model)
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ConfigError(f"report_to: {error}") from error
+    _require_optimizer(training)
+    _require_torch(training)
+
+
+def _require_quantisation(options: ModelConfig) -> None:
+    from trl.trainer.utils import get_quantization_config
+
+    if options.load_in_4bit or options.load_in_8bit:
+        require_package("load_in_4bit and load_in_8bit", "bitsandbytes")
+    try:
+        get_quantization_config(options)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"load_in_4bit: {error}") from error
+
+
+def _require_optimizer(training: SFTConfig) -> None:
+    """Make the optimiser and the schedule for a parameter that does not matter."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(training)
+        if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & options.keys():
+            return  # these are refused by name, once there is a model
+        optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(f"optim: {error}") from error
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lr_scheduler_kwargs: {error}") from error
+
+
+def _require_torch(training: SFTConfig) -> None:
+    import inspect
+
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    backend = training.torch_compile_backend
+    known = torch._dynamo.list_backends(exclude_tags=()) if backend else []
+    if backend and backend not in known:
+        raise ConfigError(f"torch_compile_backend: expected one of {', '.join(known)}")
+    accepted = {*inspect.signature(checkpoint).parameters, "selective"}
+    for name in training.activation_checkpointing_kwargs or {}:
+        if name not in accepted:
+            raise ConfigError(f"activation_checkpointing_kwargs: torch knows no {name}")
+
+
+# What the rows show
+
+
+def require_known_tokens(trainer: SFTTrainer) -> None:
+    """Refuse rows with tokens that the model has no embedding for.
+
+    Raises:
+        DataError: names the first one.
+    """
+    tokenizer: Any = trainer.processing_class
+    model: Any = trainer.model
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= known:
+        return
+    rows: Any = trainer.train_dataset
+    for number, row in enumerate(rows, 1):
+        beyond = [token for token in row["input_ids"] if token >= known]
+        if beyond:
+            raise DataError(
+                f"row {number} has the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} "
+                f"(number {beyond[0]}), but the model has {known} embeddings and its tokenizer "
+                f"{len(tokenizer)} tokens: take the model's own tokenizer, or enlarge "
+                "the model first (resize_token_embeddings)"
+            )
+
+
+def require_known_positions(trainer: SFTTrainer, prompt_tokens: int) -> None:
+    """Refuse rows that are longer than a model with learned positions can read.
+
+    Args:
+        trainer: with its rows.
+        prompt_tokens: virtual tokens in front of every row.
+
+    Raises:
+        DataError: names the length and the limit.
+    """
+    model: Any = trainer.model
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or not _learns_positions(model):
+        return
+    rows: Any = trainer.train_dataset
+    longest = max(map(len, rows["input_ids"]), default=0) + prompt_tokens
+    if longest > positions:
+        raise DataError(
+            f"rows of up to {longest} tokens, but the model has learned {positions} positions: set "
+            f"max_length to {positions - prompt_tokens}"
+        )
+
+
+def _learns_positions(model: Any) -> bool:
+    from torch import nn
+
+    return any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+        for name, module in model.named_modules()
+    )
+
+
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "pos_embed", "positions_embed")
