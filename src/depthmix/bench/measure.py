@@ -73,7 +73,7 @@ def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     """Return what `function` returns in a new process with as many threads as this one has."""
     # A server that has imported everything and touched no device forks quickly and cleanly.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload(["depthmix.quiet", function.__module__])
     threads = (torch.get_num_threads(),)
     with ProcessPoolExecutor(1, context, _begin_quietly, threads) as pool:
         return pool.submit(function, *args, **kwargs).result()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
+from depthmix.tables import print_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,46 +18,39 @@ Figures = dict[str, dict[str, Any]]
 MIB = 2**20
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("seconds", lambda value: f"{value:.3f}"),
-    "peak_bytes": ("peak MiB", lambda value: f"{value / MIB:.0f}"),
+    "peak_bytes": ("peak\nMiB", lambda value: f"{value / MIB:.0f}"),
     "ours_seconds": ("ours", lambda value: f"{value:.4f}"),
     "share": ("share", lambda value: f"{value:.2%}"),
     "projected": ("projected", str),
-    "pulled_back": ("pulled back", str),
-    "largest_logits_bytes": ("logits MiB", lambda value: f"{value / MIB:.1f}"),
-    "prefill_seconds": ("prefill, s", lambda value: f"{value:.3f}"),
-    "token_seconds": ("a token, ms", lambda value: f"{value * 1e3:.1f}"),
+    "pulled_back": ("pulled\nback", str),
+    "largest_logits_bytes": ("logits\nMiB", lambda value: f"{value / MIB:.1f}"),
+    "prefill_seconds": ("prefill,\ns", lambda value: f"{value:.3f}"),
+    "token_seconds": ("a token,\nms", lambda value: f"{value * 1e3:.1f}"),
 }
 # Of these, the ratio to the first row or to the baseline says more than the figure.
 _COMPARED = ("seconds", "peak_bytes", "prefill_seconds", "token_seconds")
 
 
-def table(title: str, figures: Figures, baseline: str) -> Table:
-    """Return one row a variant; times and memory also relative to the baseline's."""
-    out = Table(title=title)
-    out.add_column("", no_wrap=True)
-    fields = list(next(iter(figures.values())))
-    for field in fields:
-        out.add_column(_COLUMNS[field][0], justify="right")
+def print_table(title: str, figures: Figures, baseline: str) -> None:
+    """Print one row a variant; times and memory also relative to the baseline's."""
+    header = [""]
+    for field in next(iter(figures.values())):
+        header += [_COLUMNS[field][0], *(["ratio"] if field in _COMPARED else [])]
+    rows = [[name, *_cells(row, figures[baseline])] for name, row in figures.items()]
+    print_figures(title, header, rows)
+
+
+def _cells(row: dict[str, Any], baseline: dict[str, Any]) -> Iterator[str]:
+    for field, value in row.items():
+        yield _COLUMNS[field][1](value)
         if field in _COMPARED:
-            out.add_column("ratio", justify="right")
-    for name, row in figures.items():
-        cells = []
-        for field in fields:
-            cells.append(_COLUMNS[field][1](row[field]))
-            if field in _COMPARED:
-                cells.append(f"{row[field] / figures[baseline][field]:.2f}")
-        out.add_row(name, *cells)
-    return out
+            yield f"{value / baseline[field]:.2f}"
 
 
 def print_ratios(ratios: dict[str, float]) -> None:
-    """Print the ratios, one a line."""
-    out = Table(title="ratios")
-    out.add_column("")
-    out.add_column("", justify="right")
-    for name, value in ratios.items():
-        out.add_row(name, f"{value:.3f}")
-    Console().print(out)
+    """Print the ratios, one a line, if there are any."""
+    if ratios:
+        print_figures("ratios", ("", ""), [(name, f"{v:.3f}") for name, v in ratios.items()])
 
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"

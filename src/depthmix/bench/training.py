@@ -108,7 +108,7 @@ def _trainer(trainer_class: type[Trainer], model: Any, setting: Setting, folder:
     prepared = {"skip_prepare_dataset": True}
     return SFTTrainer(
         model,
-        SFTConfig(folder, dataset_kwargs=prepared, **options),
+        SFTConfig(folder, dataset_kwargs=prepared, activation_checkpointing=False, **options),
         train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
         processing_class=load_tokenizer(setting.model),
     )

@@ -6,18 +6,22 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from depthmix.commands.parser import Parser
+from depthmix.commands.parser import (
+    Parser,
+    file,
+    integer,
+    name_or_folder,
+    output_file,
+    require_matplotlib,
+)
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
+from depthmix.provenance import command, versions
 
 PARTS = ("step", "loss", "decode", "cache", "shares", "growth")
-PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "accelerate")
 
 _EXAMPLES = """\
 parts:
@@ -39,21 +43,22 @@ def run(argv: Sequence[str]) -> int:
     """Measure, print and write."""
     arguments = _parser().parse_args(argv)
     if arguments.plot:
-        _require_matplotlib()
+        require_matplotlib("--plot")
     from depthmix.bench.report import plot, print_ratios, require_markers, write_table
 
     if arguments.table:
         if "step" not in arguments.parts:
             raise ConfigError("--table is of part step")
-        require_markers(Path(arguments.table))
+        require_markers(arguments.table)
+    _require_model(arguments.model, arguments.k)
     results = _measure(arguments)
     print_ratios(results["ratios"])
     if arguments.json:
-        write_text(Path(arguments.json), json.dumps(results, indent=1))
+        write_text(arguments.json, json.dumps(results, indent=1, default=str))
     if arguments.plot:
-        plot(results, Path(arguments.plot))
+        plot(results, arguments.plot)
     if arguments.table:
-        write_table(Path(arguments.table), results["step"], "lora")
+        write_table(arguments.table, results["step"], "lora")
     return 0
 
 
@@ -63,7 +68,9 @@ def _parser() -> Parser:
         "Measure time and memory in one run, as ratios to what one would use instead.",
         _EXAMPLES,
     )
-    parser.add_argument("--model", required=True, help="base model: folder or hub name")
+    parser.add_argument(
+        "--model", type=name_or_folder, required=True, help="base model: folder or hub name"
+    )
     parser.add_argument(
         "--parts",
         nargs="+",
@@ -72,24 +79,44 @@ def _parser() -> Parser:
         default=list(PARTS),
         help="default: all of them",
     )
-    parser.add_argument("--k", type=int, default=3, help="late layers (default: 3)")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a batch (default: 8)")
-    parser.add_argument("--longest", type=int, help="most tokens of a row (default: as GSM8K's)")
-    parser.add_argument("--repeats", type=int, default=5, help="medians of so many (default: 5)")
+    parser.add_argument("--k", type=integer(1), default=3, help="late layers (default: 3)")
+    parser.add_argument("--rows", type=integer(1), default=8, help="rows of a batch (default: 8)")
+    parser.add_argument(
+        "--longest", type=integer(2), help="most tokens of a row (default: as GSM8K's)"
+    )
+    parser.add_argument(
+        "--repeats", type=integer(1), default=5, help="medians of so many (default: 5)"
+    )
     parser.add_argument("--full", action="store_true", help="larger shapes in part growth")
-    parser.add_argument("--json", help="write all figures to this file")
-    parser.add_argument("--plot", help="draw the figures to this PNG file (needs matplotlib)")
-    parser.add_argument("--table", help="write the steps' ratios into this Markdown file")
+    parser.add_argument("--json", type=output_file, help="write all figures to this file")
+    parser.add_argument(
+        "--plot", type=output_file, help="draw the figures to this PNG file (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--table", type=file, help="write the steps' ratios into this Markdown file"
+    )
     return parser
+
+
+def _require_model(name: str, k: int) -> None:
+    """Find out that there is such a model, with so many layers, before the first part runs."""
+    from transformers import AutoConfig
+
+    try:
+        layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {name}: no configuration: {error}") from error
+    if k > layers:
+        raise ConfigError(f"--k {k}: the model has {layers} layers")
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen parts, printing each one's table as it is done."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
     import torch
-    from rich.console import Console
     from transformers.utils import logging
 
-    from depthmix.bench.report import table
+    from depthmix.bench.report import print_table
 
     logging.disable_progress_bar()
     results: dict[str, Any] = {"made_by": _made_by(arguments, torch.get_num_threads())}
@@ -99,7 +126,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         results[part] = figures
         ratios |= part_ratios
         if baseline:
-            Console().print(table(title, figures, baseline))
+            print_table(title, figures, baseline)
     return {**results, "ratios": ratios}
 
 
@@ -182,17 +209,10 @@ _RUN = {
 
 def _made_by(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     return {
-        "command": " ".join(["depthmix", *sys.argv[1:]]),
+        "command": command(),
         "options": vars(arguments),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": threads,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions("accelerate"),
     }
-
-
-def _require_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'depthmix[plot]'")

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from depthmix.commands.parser import Parser
+from depthmix.commands.parser import Parser, file, integer, number, output_file, require_matplotlib
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 
@@ -30,8 +30,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("compare starts its runs itself: call it once, with --workers or --ray")
-    if arguments.workers < 1:
-        raise ConfigError("--workers must be at least 1")
+    require_matplotlib("compare draws its figures, which")
     if arguments.ray and find_spec("ray") is None:
         raise ConfigError("--ray needs Ray: pip install 'depthmix[ray]'")
     from depthmix.compare.engine import collect, prepare, run_all
@@ -39,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     from depthmix.compare.report import print_tables
     from depthmix.compare.spread import run_here, run_on_ray
 
-    experiment = read_experiment(Path(arguments.experiment))
+    experiment = read_experiment(arguments.experiment)
     cells = prepare(experiment)
     if arguments.ray:
         run = partial(run_on_ray, address=arguments.ray, gpus=arguments.gpus)
@@ -50,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(experiment.output_dir)
     write_text(folder / "results.json", json.dumps(results, indent=1))
     print_tables(results)
-    _report(results, Path(arguments.report) if arguments.report else folder / "results.md")
+    _report(results, arguments.report or folder / "results.md")
     for line in failed:
         print(f"depthmix: failed: {line}", file=sys.stderr)
     return 1 if failed else 0
@@ -60,11 +59,13 @@ def _parser() -> Parser:
     parser = Parser(
         "compare", "Compare tuning methods over seeds and tasks.", _EXAMPLES, "EXPERIMENT.yaml"
     )
-    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="what to compare")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", type=file, help="what to compare")
+    parser.add_argument("--workers", type=integer(1), default=1, help="runs at a time (default: 1)")
     parser.add_argument("--ray", metavar="ADDRESS", help="spread over a Ray cluster; or: local")
-    parser.add_argument("--gpus", type=float, default=1, help="of a run on Ray (default: 1)")
-    parser.add_argument("--report", help="Markdown file (default: results.md in output_dir)")
+    parser.add_argument("--gpus", type=number(0), default=1, help="of a run on Ray (default: 1)")
+    parser.add_argument(
+        "--report", type=output_file, help="Markdown file (default: results.md in output_dir)"
+    )
     return parser
 
 

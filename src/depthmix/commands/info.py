@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.commands.parser import Parser
-from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
+from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts, with_defaults
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.pretrained import base_of, has_mode, is_saved, load_base, load_saved
@@ -55,7 +55,10 @@ def _print_help() -> None:
     texts = {
         "output": {"json": "Print JSON."},
         "of an adapter": {"model": "Base model. Default: the one the adapter names."},
-        "of a model, what would be trained": {**option_texts(RunOptions, _METHOD), **LORA_HELP},
+        "of a model, what would be trained": {
+            **option_texts(RunOptions, _METHOD),
+            **with_defaults(LORA_HELP),
+        },
         "MoDE": option_texts(MoDEConfig),
     }
     add_texts(parser, texts)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.parser import Parser
+from depthmix.commands.parser import Parser, integer, name_or_folder, number
 from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,18 +42,38 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("plan", "Tell what tuning a model takes, from its configuration.", _EXAMPLES)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or hub name; its weights are not loaded")
-    add("--k", type=int, default=3, help="late layers (default: 3)")
-    add("--lora-r", type=int, default=16, help="rank of LoRA on all linear layers (default: 16)")
-    add("--rows", type=int, default=1, help="rows of a batch on each device (default: 1)")
-    add("--length", type=int, default=1024, help="tokens of a row (default: 1024)")
-    add("--supervised", type=float, default=0.5, help="share that is supervised (default: 0.5)")
+    add(
+        "model",
+        metavar="MODEL",
+        type=name_or_folder,
+        help="folder or hub name; its weights are not loaded",
+    )
+    add("--k", type=integer(1), default=3, help="late layers (default: 3)")
+    add(
+        "--lora-r",
+        type=integer(1),
+        default=16,
+        help="rank of LoRA on all linear layers (default: 16)",
+    )
+    add("--rows", type=integer(1), default=1, help="rows of a batch on each device (default: 1)")
+    add("--length", type=integer(1), default=1024, help="tokens of a row (default: 1024)")
+    add(
+        "--supervised",
+        type=number(0, 1, above=True),
+        default=0.5,
+        help="share that is supervised (default: 0.5)",
+    )
     add(
         "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of weights"
     )
-    add("--gpus", type=int, default=1, help="number of devices (default: 1)")
+    add("--gpus", type=integer(1), default=1, help="number of devices (default: 1)")
     add("--sharding", choices=["none", "fsdp"], default="none", help="of weights over devices")
-    add("--cached-tokens", type=int, default=10**6, help="training tokens, for the cache's size")
+    add(
+        "--cached-tokens",
+        type=integer(1, 2**63),
+        default=10**6,
+        help="training tokens, for the cache's size",
+    )
     add("--check", action="store_true", help="measure a step here and print the error")
     add("--json", action="store_true", help="print JSON")
     return parser
@@ -66,8 +86,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
 
     from depthmix.config import MoDEConfig
     from depthmix.plan.memory import METHODS, Batch, bill
-    from depthmix.plan.trunk import METHODS as TRUNKS
-    from depthmix.plan.trunk import Step, count_trunk
+    from depthmix.plan.trunk import TUNINGS, Step, count_trunk
 
     try:
         config = AutoConfig.from_pretrained(arguments.model)
@@ -80,7 +99,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
     step = Step(arguments.rows, arguments.length, arguments.k, arguments.lora_r, dtype)
     trunks = {
         method: count_trunk(config, method, step)
-        for method in tqdm(TRUNKS, desc="counting", unit="method", leave=False)
+        for method in tqdm(TUNINGS, desc="counting", unit="method", leave=False)
     }
     bills = {
         name: bill(trunks[trunk], mode if with_mode else None, batch)
@@ -92,63 +111,62 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
 def _print(
     arguments: argparse.Namespace, batch: Batch, trunks: dict[str, Any], bills: dict[str, Bill]
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from depthmix.tables import print_figures
 
     trunk = trunks["none"]
-    table = Table(
-        title=f"{arguments.model}: {trunk.parameters:,} parameters, {arguments.dtype}; GiB on each "
-        f"of {arguments.gpus} devices ({arguments.sharding} sharding), "
-        f"{batch.rows} x {batch.length} tokens; MiB of the adapter, GFLOP a token"
+    print(f"{arguments.model}: {trunk.parameters:,} parameters, {arguments.dtype}")
+    print_figures(
+        "what is trained, and saved; a training step's arithmetic",
+        ("method", "trained", "adapter, MiB", "GFLOP a token"),
+        [
+            (
+                name,
+                f"{bill.trained / 1e6:,.2f} M",
+                f"{bill.adapter_bytes / 2**20:,.1f}",
+                f"{bill.train_flops / 1e9:,.2f}",
+            )
+            for name, bill in bills.items()
+        ],
     )
-    table.add_column("method", no_wrap=True)
     parts = ("weights", "gradients", "optimizer", "activations", "loss", "total")
-    titles = ("weights", "grads", "optim", "act.", "loss", "total")
-    for title in ("trained", "MiB", *titles, "GFLOP"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, bill in bills.items():
-        sizes = [f"{getattr(bill, part) / _GIB:.2f}" for part in parts]
-        table.add_row(
-            name,
-            f"{bill.trained / 1e6:.2f} M",
-            f"{bill.adapter_bytes / 2**20:.1f}",
-            *sizes,
-            f"{bill.train_flops / 1e9:.2f}",
-        )
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
+    print_figures(
+        f"GiB on each of {arguments.gpus} devices ({arguments.sharding} sharding), "
+        f"{batch.rows} x {batch.length} tokens",
+        ("method", "weights", "gradients", "optimizer", "activations", "loss", "total"),
+        [
+            (name, *(f"{getattr(bill, part) / _GIB:,.2f}" for part in parts))
+            for name, bill in bills.items()
+        ],
+    )
     cached = arguments.cached_tokens * trunk.width * batch.dtype.itemsize
     lora, ours = bills["lora"], bills["lora+mode"]
-    console.print(
+    print(
         f"decoding: {lora.decode_flops / 1e9:.2f} GFLOP a token, with MoDE "
-        f"{ours.decode_flops / lora.decode_flops:.4f} times that; keys and values "
-        f"{trunk.kv_bytes / _GIB:.2f} GiB for this batch"
+        f"{ours.decode_flops / lora.decode_flops:.4f} times that"
     )
-    console.print(
-        f"cached depth: {cached / _GIB:.2f} GiB on disk for {arguments.cached_tokens:,} tokens"
-    )
+    print(f"keys and values: {trunk.kv_bytes / _GIB:.2f} GiB for this batch")
+    print(f"cached depth: {cached / _GIB:.2f} GiB on disk for {arguments.cached_tokens:,} tokens")
 
 
 def _check(arguments: argparse.Namespace, bills: dict[str, Bill]) -> None:
     """Measure the peak of a step with rows of that length and print the error."""
-    from rich.console import Console
-    from rich.table import Table
-
     from depthmix.bench.measure import in_fresh_process
     from depthmix.bench.training import Setting, first_step_peak
+    from depthmix.tables import print_figures
 
     answer = round(arguments.length * arguments.supervised)
     lengths = [(arguments.length - answer, answer)] * arguments.rows
     setting = Setting(arguments.model, lengths, arguments.k)
-    table = Table("method", "predicted MiB", "measured MiB", "error", title="a step beside weights")
+    rows = []
     for name in ("lora", "lora+mode", "late-lora+mode", "mode"):
         measured = in_fresh_process(first_step_peak, name, setting)
         predicted = bills[name].step_bytes
-        table.add_row(
+        found = (
             name,
             f"{predicted / 2**20:.0f}",
             f"{measured / 2**20:.0f}",
             f"{predicted / measured - 1:+.0%}",
         )
-    Console().print(table)
+        rows.append(found)
+    header = ("method", "predicted MiB", "measured MiB", "error")
+    print_figures("a step beside weights", header, rows)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from depthmix.commands.parser import Parser
+from depthmix.commands.trl_defaults import trl_defaults
 from depthmix.config import MoDEConfig
 from depthmix.train.arguments import RunOptions, all_options
 from depthmix.train.options import Option, options, type_in_words
@@ -34,7 +35,7 @@ examples:
 Ctrl-C finishes the step, saves a checkpoint and says how to go on.
 """
 
-# TRL's options that most runs set; TRL itself is not imported for a help text.
+# TRL's options that most runs set. A default stands here only where it is depthmix's own.
 _TRL_MODEL = {
     "model_name_or_path": "Folder or hub name of the base model. Required.",
     "dtype": "Of the base model: float32, bfloat16, auto. Default: by device and method.",
@@ -43,27 +44,27 @@ _TRL_MODEL = {
 }
 _TRL_OUTPUT = {"output_dir": "Folder for the adapter, checkpoints and depthmix.yaml. Required."}
 LORA_HELP = {
-    "lora_r": "Rank. Default: 16.",
-    "lora_alpha": "Scale. Default: 32.",
-    "lora_dropout": "Dropout. Default: 0.05.",
+    "lora_r": "Rank.",
+    "lora_alpha": "Scale.",
+    "lora_dropout": "Dropout.",
     "lora_target_modules": "Names of the modules to adapt. Default: all-linear.",
 }
 _TRL_TRAINING = {
     "learning_rate": "Of the tuning method. Default: 2e-4 for lora, by method for the others.",
-    "num_train_epochs": "Passes over the data. Default: 3.",
+    "num_train_epochs": "Passes over the data.",
     "max_steps": "Steps to train for, instead of epochs.",
-    "per_device_train_batch_size": "Rows a step and device. Default: 8.",
-    "gradient_accumulation_steps": "Steps to collect gradients over. Default: 1.",
-    "lr_scheduler_type": "linear, cosine, constant ... Default: linear.",
-    "warmup_steps": "Steps of warm-up; below 1: a share of all. Default: 0.",
-    "max_length": "Tokens a row is cut to. Default: 1024.",
+    "per_device_train_batch_size": "Rows a step and device.",
+    "gradient_accumulation_steps": "Steps to collect gradients over.",
+    "lr_scheduler_type": "linear, cosine, constant ...",
+    "warmup_steps": "Steps of warm-up; below 1: a share of all.",
+    "max_length": "Tokens a row is cut to.",
     "packing": "Put several rows into one sequence.",
     "bf16": "Mixed precision. Default: where the device has it.",
     "gradient_checkpointing": "Save memory for time. Default: on an accelerator.",
-    "logging_steps": "Steps from log to log. Default: 10.",
+    "logging_steps": "Steps from log to log.",
     "save_steps": "Steps from checkpoint to checkpoint. Default: one an epoch.",
     "eval_steps": "Steps from evaluation to evaluation. Default: one an epoch.",
-    "seed": "Default: 42.",
+    "seed": "Of adapters, order and dropout.",
 }
 _DATA = (
     *("dataset", "dataset_weights", "dataset_config", "dataset_split", "dataset_format"),
@@ -78,20 +79,32 @@ def print_help() -> None:
     own, mode = option_texts(RunOptions), option_texts(MoDEConfig)
     data = [name for name in own if name in _DATA]
     rates = ("router_learning_rate", "norm_learning_rate")
+    during = ("early_stopping_patience", "eval_accuracy")
     run = ("preview", "resume", "overwrite")
-    method = [name for name in own if name not in {*data, *rates, *run}]
+    method = [name for name in own if name not in {*data, *rates, *run, *during}]
     groups = {
-        "model": _TRL_MODEL,
+        "model": with_defaults(_TRL_MODEL),
         "data": {name: own[name] for name in data},
-        "method": {**{name: own[name] for name in method}, **LORA_HELP},
+        "method": {**{name: own[name] for name in method}, **with_defaults(LORA_HELP)},
         "MoDE": {**mode, **{name: own[name] for name in rates}},
-        "training": _TRL_TRAINING,
+        "training": {**with_defaults(_TRL_TRAINING), **{name: own[name] for name in during}},
         "the run": {**_TRL_OUTPUT, **{name: own[name] for name in run}},
     }
     parser = Parser("train", _SUMMARY, _EXAMPLES, usage="[CONFIG.yaml ...] [--key value ...]")
     parser.add_argument("--help-all", action="store_true", help="list every option there is")
     add_texts(parser, groups)
     parser.print_help()
+
+
+def with_defaults(texts: Mapping[str, str]) -> dict[str, str]:
+    """Add TRL's defaults to help texts that tell none."""
+    defaults = trl_defaults()
+    return {
+        name: text
+        if "Default" in text or defaults.get(name) in (None, False, -1)
+        else f"{text} Default: {defaults[name]}."
+        for name, text in texts.items()
+    }
 
 
 def add_texts(parser: Parser, groups: Mapping[str, Mapping[str, str]]) -> None:

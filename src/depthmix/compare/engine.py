@@ -15,7 +15,11 @@ import depthmix
 from depthmix.compare.experiment import Experiment
 from depthmix.compare.rows import TaskRows, digest, load_rows
 from depthmix.compare.spread import LOG
-from depthmix.files import write_text
+from depthmix.errors import ConfigError
+from depthmix.files import weights_digest, write_text
+from depthmix.train.arguments import resolve
+from depthmix.train.checks import require_possible
+from depthmix.train.options import Given
 
 RESULT, TRAIN, TRAIN_ROWS, SCORED_ROWS = "result.json", "train.yaml", "train.jsonl", "score.jsonl"
 
@@ -43,14 +47,51 @@ class Cell:
 def prepare(experiment: Experiment) -> list[Cell]:
     """Write the data and the configuration of every run, and return the runs.
 
-    A run that was prepared before, with the same options, rows and model, has the same folder.
+    A run that was prepared before, with the same options, rows and weights of the model, has the
+    same folder.
+
+    Raises:
+        ConfigError: a method has an option that cannot be; rows are too few.
+        DataError: a source is missing or a row is broken.
     """
+    for method in experiment.methods:
+        _require_method(experiment, method)
     rows = {name: load_rows(name, task) for name, task in experiment.tasks.items()}
     return list(_cells(experiment, rows))
 
 
+# What a comparison decides for every run.
+_OURS = (
+    *("model_name_or_path", "dataset", "dataset_format", "output_dir", "seed"),
+    *("resume", "resume_from_checkpoint", "overwrite", "push_to_hub"),
+)
+
+
+def _require_method(experiment: Experiment, method: str) -> None:
+    """Refuse a method as `depthmix train` would refuse it, before the first run."""
+    given = experiment.methods[method]
+    for name in _OURS:
+        if name in given:
+            raise ConfigError(f"{given[name].place}: decided by the comparison, not by a method")
+    fixed = {
+        "model_name_or_path": experiment.model_name_or_path,
+        "dataset": [TRAIN_ROWS],
+        "output_dir": experiment.output_dir,
+    }
+    place = f"method {method}"
+    try:
+        require_possible(resolve({**given, **{n: Given(v, place) for n, v in fixed.items()}}))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _model_digest(name: str) -> str:
+    """Return what a model is known by: its weights, or on the hub its name."""
+    return weights_digest(Path(name)) if Path(name).is_dir() else name
+
+
 def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
-    version = depthmix.__version__
+    model, version = _model_digest(experiment.model_name_or_path), depthmix.__version__
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
@@ -59,13 +100,15 @@ def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
                 options = {
                     **_DEFAULTS,
                     **experiment.options_of(method),
-                    "model_name_or_path": experiment.model_name_or_path,
                     "dataset_format": "prompt_completion",
                     "seed": seed,
                 }
-                name = f"{task}-{method}-{seed}-{digest([version, options, training, scored])}"
+                name = (
+                    f"{task}-{method}-{seed}-{digest([version, model, options, training, scored])}"
+                )
                 folder = Path(experiment.output_dir) / "runs" / name
-                _write(folder, options, training, scored)
+                run = {**options, "model_name_or_path": experiment.model_name_or_path}
+                _write(folder, run, training, scored)
                 yield Cell(task, method, seed, folder)
 
 
@@ -79,7 +122,7 @@ _DEFAULTS = {
 
 
 def _write(folder: Path, options: dict[str, Any], training: Any, scored: Any) -> None:
-    if (folder / TRAIN).exists():
+    if (folder / RESULT).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in ((TRAIN_ROWS, training), (SCORED_ROWS, scored)):
@@ -106,12 +149,27 @@ def run_all(cells: list[Cell], run: Callable[[list[Path]], Outcomes]) -> list[st
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run") as progress:
         for folder, status in run(list(waiting)):
             progress.update()
-            if status == 130:
+            progress.write(_told(waiting[folder], status))
+            if status in (130, 143):
                 raise KeyboardInterrupt
             if status != 0:
-                cell = waiting[folder]
-                failed.append(f"{cell.name}: exit status {status}, see {folder / LOG}")
+                failed.append(_told(waiting[folder], status))
     return failed
+
+
+def _told(cell: Cell, status: int) -> str:
+    """Return in a line how a run has ended."""
+    result = cell.result()
+    if result is None:
+        said = (cell.folder / LOG).read_text("utf-8", errors="replace").split("\n")
+        last = next((line for line in reversed(said) if line.strip()), "no message")
+        why = last.removeprefix("depthmix: error: ")
+        return f"{cell.name}: exit status {status}: {why} (see {cell.folder / LOG})"
+    figures = result["metrics"]
+    return (
+        f"{cell.name}: loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.3f}, "
+        f"{figures['seconds']:.0f} s"
+    )
 
 
 def collect(experiment: Experiment, cells: list[Cell]) -> dict[str, Any]:
@@ -132,8 +190,13 @@ def collect(experiment: Experiment, cells: list[Cell]) -> dict[str, Any]:
         for cell, result in done
     ]
     rows = {(cell.task, cell.method, cell.seed): result["rows"] for cell, result in done}
+    described = {
+        **{name: value for name, value in vars(experiment).items() if name != "methods"},
+        "methods": {method: experiment.options_of(method) for method in experiment.methods},
+        "tasks": {name: asdict(task) for name, task in experiment.tasks.items()},
+    }
     return {
-        "experiment": {**asdict(experiment)},
+        "experiment": described,
         "runs": runs,
         "differences": differences(rows, experiment.baseline),
     }

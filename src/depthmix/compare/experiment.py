@@ -6,26 +6,21 @@
     seeds: [1, 2, 3]
     split: validation              # or test, once, with the setting that was chosen
     defaults: {learning_rate: 1e-3, per_device_train_batch_size: 8}
+    methods: {lora: {mode: false}, lora+mode: {k: 3}}
+    tasks: {mawps: {dataset: [mawps_train_raw.json], train_rows: 320, test_rows: 200}}
 
-Methods:
-      lora: {mode: false}
-      lora+mode: {k: 3}
-    tasks:
-      mawps: {dataset: [mawps_train_raw.json], train_rows: 320, test_rows: 200}
-
-`defaults` and the entries of a method are options of `depthmix train`.
+`defaults` and the entries of a method are options of `depthmix train`, and read as it reads them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
-
-import yaml
+from typing import Any, Literal, TypeVar
 
 from depthmix.errors import ConfigError
+from depthmix.train.options import Given, Option, options, read_nested, require_known, typed
 
 Split = Literal["validation", "test"]
 T = TypeVar("T")
@@ -56,82 +51,72 @@ class Task:
     dataset_template: str | None = None
     most_characters: int | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.dataset, list):
-            raise ConfigError("dataset must be a list of sources")
-        for name in ("train_rows", "validation_rows", "test_rows"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, not {value!r}")
-
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment file says; see the module's text."""
+    """What an experiment file says; see the module's text.
+
+    Attributes:
+        methods: options of `depthmix train` by name of the method, as they were written, the
+            defaults included.
+    """
 
     model_name_or_path: str
     output_dir: str
     baseline: str
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Given]]
     tasks: dict[str, Task]
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     split: Split = "test"
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.baseline not in self.methods:
-            raise ConfigError(
-                f"baseline {self.baseline!r} is none of the methods: {', '.join(self.methods)}"
-            )
-        if self.split not in get_args(Split):
-            raise ConfigError(f"split must be one of {', '.join(get_args(Split))}")
-        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ConfigError("seeds must be a list of integers")
 
     def options_of(self, method: str) -> dict[str, Any]:
-        """Return the options of `depthmix train` for a method."""
-        return {**self.defaults, **(self.methods[method] or {})}
+        """Return the options of `depthmix train` for a method, as they were written."""
+        return {name: given.text for name, given in self.methods[method].items()}
+
+
+_PARTS = ("defaults", "methods", "tasks")
 
 
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment file.
 
     Raises:
-        ConfigError: the file is no YAML mapping, or a key is unknown or missing; names it.
+        ConfigError: it is no YAML mapping, a key is unknown or missing, or a value does not fit;
+            names the line.
     """
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    experiment = _mapping(values, str(path))
-    tasks = _mapping(experiment.get("tasks"), f"{path}: tasks")
-    built = {name: _build(Task, task, f"{path}: task {name}") for name, task in tasks.items()}
-    methods = _mapping(experiment.get("methods"), f"{path}: methods")
-    given = {**experiment, "tasks": built, "methods": methods}
-    return _build(Experiment, given, str(path))
+    file = read_nested(str(path), {"defaults": 1, "methods": 2, "tasks": 2})
+    known = options(Experiment)
+    require_known(file, [*known, "defaults"])
+    defaults = file.get("defaults") or {}
+    values = {
+        **typed(_without(known, _PARTS), _without(file, _PARTS)),
+        "methods": {n: {**defaults, **own} for n, own in (file.get("methods") or {}).items()},
+        "tasks": {n: _task(path, n, given) for n, given in (file.get("tasks") or {}).items()},
+    }
+    _require(path, known, values)
+    experiment = Experiment(**values)
+    if experiment.baseline not in experiment.methods:
+        raise ConfigError(
+            f"{file['baseline'].place}: {experiment.baseline!r} is none of the methods: "
+            f"{', '.join(experiment.methods)}"
+        )
+    return experiment
 
 
-def _mapping(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        raise ConfigError(f"{place}: expected a mapping of names")
-    return value
+def _task(path: Path, name: str, given: Mapping[str, Given]) -> Task:
+    known = options(Task)
+    require_known(given, known)
+    values = typed(known, given)
+    _require(f"{path}: task {name}", known, values)
+    return Task(**values)
 
 
-def _build(cls: type[T], values: Any, place: str) -> T:
-    given = _mapping(values, place)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(given) - set(fields))
-    if unknown:
-        raise ConfigError(f"{place}: unknown {', '.join(unknown)}; known: {', '.join(fields)}")
-    needed = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in needed if name not in given]
+def _require(place: object, known: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+    """Raise for what has no default and no value, or an empty one."""
+    missing = [name for name, option in known.items() if option.required and not values.get(name)]
     if missing:
         raise ConfigError(f"{place}: {', '.join(missing)} missing")
-    try:
-        return cls(**given)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+
+
+def _without(values: Mapping[str, T], names: tuple[str, ...]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if name not in names}

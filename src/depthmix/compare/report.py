@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from depthmix.tables import print_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +26,21 @@ HEADER = (
 )
 
 
+# Columns of the two tables that a terminal shows, and how it calls them.
+_QUALITY, _COST = (0, 1, 2, 3, 4), (0, 5, 6, 7)
+_NARROW = {"held-out loss": "loss", "better than the baseline by": "better by"}
+
+
 def print_tables(results: dict[str, Any]) -> None:
-    """Print one table a task."""
+    """Print two tables a task: how good the methods are, and what they take."""
     for task in _tasks(results["runs"]):
-        table = Table(title=f"{task}, {_seeds(results['runs'], task)}")
-        for number, title in enumerate(HEADER):
-            table.add_column(title, justify="right" if number else "left")
-        for row in table_rows(results, task):
-            table.add_row(*row)
-        Console().print(table)
+        rows = [[cell.replace(" [", "\n[") for cell in row] for row in table_rows(results, task)]
+        for part in (_QUALITY, _COST):
+            print_figures(
+                f"{task}, {_seeds(results['runs'], task)}",
+                [_NARROW.get(HEADER[i], HEADER[i]) for i in part],
+                [[row[i] for i in part] for row in rows],
+            )
 
 
 def markdown(results: dict[str, Any], plots: str) -> str:

@@ -11,27 +11,27 @@ import json
 import resource
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from depthmix.analysis.layers import score_rows
 from depthmix.compare.engine import RESULT, SCORED_ROWS, TRAIN
+from depthmix.errors import DepthmixError, Stopped
 from depthmix.files import write_text
 from depthmix.pretrained import ignore_renamed_properties
+from depthmix.provenance import versions
 from depthmix.train import output
 from depthmix.train.arguments import parse
 from depthmix.train.fit import fit
 
-PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl")
-
 
 def run(folder: Path) -> int:
-    """Train and score; return 0, or 130 when stopped by Ctrl-C."""
+    """Train and score; return 0, or what a shell gives for the signal that stopped it."""
     arguments = parse([str(folder / TRAIN)])
-    trainer = fit(arguments)
-    if trainer.state.global_step < trainer.state.max_steps:
-        return 130
+    try:
+        trainer = fit(arguments)
+    except Stopped as stop:
+        return stop.status
     model: Any = trainer.model
     figures = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -54,7 +54,7 @@ def run(folder: Path) -> int:
     result = {
         "metrics": metrics,
         "rows": per_row,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "command": " ".join(["python", "-m", "depthmix.compare.run", str(folder)]),
     }
     write_text(folder / RESULT, json.dumps(result))
@@ -77,6 +77,15 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> int:
+    """Run; what the user can mend is the last line of the log."""
     ignore_renamed_properties()
-    sys.exit(run(Path(sys.argv[1])))
+    try:
+        return run(folder)
+    except (DepthmixError, OSError) as error:
+        print(f"depthmix: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

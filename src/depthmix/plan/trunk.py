@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from depthmix.errors import ConfigError
 
-METHODS = ("full", "lora", "late-lora", "none")
+TUNINGS = ("full", "lora", "late-lora", "none")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Step:
 
 
 def count_trunk(config: PretrainedConfig, method: str, step: Step) -> Trunk:
-    """Count what a training step of a method, one of `METHODS`, does below the LM head.
+    """Count what a training step of a method, one of `TUNINGS`, does below the LM head.
 
     Raises:
         ConfigError: the model cannot be built or run without weights.
