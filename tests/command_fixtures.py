@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from depthmix.cli import main
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -59,3 +61,19 @@ def rows(tmp_path_factory):
     lines = [{"prompt": f"What is {n} + 4?", "completion": f" {n + 4}."} for n in range(12)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return str(path)
+
+
+@pytest.fixture
+def train(tiny, rows, tmp_path):
+    """Run `depthmix train` on the tiny model; returns the status."""
+
+    def run(*flags, output="out"):
+        return main(
+            [
+                *("train", "--model_name_or_path", tiny, "--dataset", rows),
+                *("--output_dir", str(tmp_path / output), "--per_device_train_batch_size", "4"),
+                *("--k", "2", "--logging_steps", "1", "--disable_tqdm", *flags),
+            ]
+        )
+
+    return run

@@ -17,8 +17,7 @@ def results(tiny, tmp_path_factory):
     options = ["--rows", ROWS, "--longest", LONGEST, "--k", K, "--repeats", 1]
     arguments = ["bench", "--model", tiny, "--parts", "step", "decode", "cache", *map(str, options)]
     files = ["--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
-    with pytest.warns(FutureWarning):  # peft and trl call names that transformers renames
-        assert main([*arguments, *files]) == 0
+    assert main([*arguments, *files]) == 0
     assert (folder / "out.png").stat().st_size > 10_000
     return json.loads((folder / "out.json").read_text())
 

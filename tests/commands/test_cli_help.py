@@ -1,11 +1,15 @@
 """The front of the command: help and wrong arguments, at once and on one line."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+from trl import ModelConfig, SFTConfig
 
 from depthmix.cli import COMMANDS, main
+from depthmix.commands.train_help import _TRL_TRAINING, LORA_HELP, with_defaults
+from depthmix.commands.trl_defaults import trl_defaults
 
 WITHOUT_TORCH = """
 import sys
@@ -38,7 +42,11 @@ def test_help_needs_no_torch(argv):
         (["train", "--k", "0"], "--k must be an integer >= 1, not 0"),
         (["train", "none.yaml"], "none.yaml: No such file or directory"),
         (["generate", "out"], "one of the arguments --prompt --prompts-file is required"),
-        (["generate", "out", "--prompt", "x", "--top_p", "1"], "unrecognized arguments: --top_p"),
+        (
+            ["generate", "out", "--prompt", "x", "--topp", "1"],
+            "--topp: no such option; did you mean",
+        ),
+        (["generate", "out", "--prompt", "x", "--top_p", "7"], "--top-p must be in (0, 1]"),
         (["generate", "out", "--prompt", "x", "--top-p", "7"], "--top-p must be in (0, 1]"),
         (["chat"], "the following arguments are required: ADAPTER"),
         (["chat", "out", "--temperature", "-1"], "--temperature must be >= 0"),
@@ -93,3 +101,18 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("depthmix.commands.info.run", interrupted)
     assert main(["info", "x"]) == 130
     assert capsys.readouterr().err == "depthmix: stopped\n"
+
+
+def test_defaults_of_the_help_are_trls():
+    """They are read from its source, without an import."""
+    declared = {
+        field.name: field.default
+        for cls in (SFTConfig, ModelConfig)
+        for field in dataclasses.fields(cls)
+    }
+    read = trl_defaults()
+    for name in (*_TRL_TRAINING, *LORA_HELP, "dtype", "load_in_4bit", "adam_beta2"):
+        if isinstance(declared[name], int | float | str | None):
+            assert read[name] == declared[name], name
+    assert f"Default: {declared['max_length']}." in with_defaults(_TRL_TRAINING)["max_length"]
+    assert with_defaults(LORA_HELP)["lora_r"] == "Rank. Default: 16."

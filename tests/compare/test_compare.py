@@ -1,16 +1,22 @@
 """`depthmix compare`: experiment files, rows, intervals, and a whole comparison of tiny runs."""
 
 import json
+import re
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from depthmix.cli import main
 from depthmix.compare.bootstrap import differences, paired_interval
+from depthmix.compare.engine import prepare
 from depthmix.compare.experiment import Task, read_experiment
 from depthmix.compare.rows import load_rows
+from depthmix.compare.spread import devices, run_here
 from depthmix.errors import ConfigError
 
 EXPERIMENT = {
@@ -31,21 +37,127 @@ def write(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"baseline": "full"}, "baseline 'full' is none of the methods: lora, lora"),
-        ({"seed": 3}, r"unknown seed; known: .*seeds"),
-        ({"split": "train"}, "split must be one of validation, test"),
-        ({"seeds": ["a"]}, "seeds must be a list of integers"),
+        ({"baseline": "full"}, r"yaml:1: baseline: 'full' is none of the methods: lora, lora"),
+        ({"seed": 3}, r"yaml:\d+: seed: no such option; did you mean seeds\?"),
+        ({"split": "train"}, r"yaml:\d+: split: expected one of validation, test, not 'train'"),
+        ({"seeds": ["a"]}, "seeds: expected a list of integers, not"),
+        ({"seeds": [-1]}, "seeds: must be >= 0 and <= 4294967295, not -1"),
+        ({"seeds": []}, "seeds: needs a value"),
         ({"tasks": {"sums": {"dataset": ["x"]}}}, "task sums: train_rows missing"),
-        ({"tasks": {"sums": {"rows": 3}}}, "task sums: unknown rows"),
-        ({"tasks": {"sums": {"dataset": "x", "train_rows": 1}}}, "dataset must be a list"),
-        ({"tasks": {"sums": {"dataset": ["x"], "train_rows": 0}}}, "train_rows must be an integer"),
-        ({"methods": []}, "methods: expected a mapping"),
+        ({"tasks": {"sums": {"rows": 3}}}, r"tasks\.sums\.rows: no such option; did you mean"),
+        ({"tasks": {"sums": {"dataset": ["x"], "train_rows": 0}}}, "train_rows: must be >= 1"),
+        ({"tasks": {}}, "tasks missing"),
+        ({"methods": []}, "methods: must hold `key: value` lines"),
+        ({"methods": {"lora": 3}}, r"methods\.lora: must hold `key: value` lines"),
+        ({"model_name_or_path": ""}, "model_name_or_path missing"),
     ],
 )
 def test_wrong_experiment_is_refused_by_place(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message) as error:
         read_experiment(write(tmp_path, **changes))
     assert "experiment.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"learnin_rate": 1e-3}, r"methods\.wrong\.learnin_rate: no such option; did you mean lea"),
+        ({"lora_r": "many"}, r"yaml:\d+: methods\.wrong\.lora_r: expected an integer, not 'many'"),
+        ({"k": 0}, r"methods\.wrong\.k must be an integer >= 1"),
+        ({"optim": "lomo"}, "method wrong: optim: You need to install `lomo_optim`"),
+        ({"method": "none", "mode": False}, "nothing is trained"),
+        ({"seed": 3}, r"methods\.wrong\.seed: decided by the comparison, not by a method"),
+    ],
+)
+def test_methods_are_checked_before_the_first_run(tmp_path, capsys, method, message):
+    methods = {**EXPERIMENT["methods"], "wrong": method}
+    assert main(["compare", str(write(tmp_path, methods=methods))]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_matplotlib_is_asked_for_before_the_first_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("depthmix.commands.parser.find_spec", lambda name: None)
+    assert main(["compare", str(write(tmp_path))]) == 2
+    assert "needs matplotlib: pip install 'depthmix[plot]'" in capsys.readouterr().err
+
+
+def test_values_are_read_as_train_reads_them(tmp_path):
+    """YAML 1.1 has 1e-3 as text and no as false."""
+    path = tmp_path / "experiment.yaml"
+    path.write_text(
+        "model_name_or_path: m\noutput_dir: o\nbaseline: lora\n"
+        "defaults: {learning_rate: 1e-3, save_strategy: no}\n"
+        "methods:\n  lora: {mode: false}\n  other:\n"
+        "tasks: {sums: {dataset: rows.jsonl, train_rows: 4}}\n"
+    )
+    experiment = read_experiment(path)
+    assert experiment.options_of("lora") == {
+        **{"learning_rate": "1e-3", "save_strategy": "no"},
+        "mode": "false",
+    }
+    assert list(experiment.methods["other"]) == ["learning_rate", "save_strategy"]
+    assert experiment.tasks["sums"].dataset == ["rows.jsonl"]
+    assert experiment.seeds == [1, 2, 3]
+
+
+def test_runs_are_known_by_the_weights_of_the_model(tiny, pairs, tmp_path, monkeypatch):
+    """A model that has moved is the same one; one that has changed in its place is not."""
+    monkeypatch.setattr("depthmix.compare.engine._require_method", lambda *_: None)
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+
+    def names(model):
+        tasks = {"sums": {"dataset": [pairs], "train_rows": 2, "test_rows": 2}}
+        tasks["sums"]["validation_rows"] = 2
+        out = str(tmp_path / "out")
+        path = write(tmp_path, model_name_or_path=str(model), tasks=tasks, output_dir=out)
+        return [cell.folder.name for cell in prepare(read_experiment(path))]
+
+    before = names(folder)
+    assert names(shutil.copytree(folder, tmp_path / "moved")) == before
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, folder / "model.safetensors")
+    assert not set(names(folder)) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        (None, 0, [None, None, None]),
+        (None, 1, [None, None, None]),
+        (None, 2, ["0", "1", "0"]),
+        ("4,7", 2, ["4", "7", "4"]),
+    ],
+)
+def test_a_gpu_a_worker(monkeypatch, visible, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert devices(3) == expected
+
+
+def test_runs_are_told_as_they_end(tmp_path, monkeypatch):
+    """The second one ends first; each worker's device is its own while it runs."""
+    folders, seen = [tmp_path / "slow", tmp_path / "quick"], {}
+    slow_may_end = threading.Event()
+
+    def run_one(folder, threads, device):
+        seen[folder.name] = device
+        if folder.name == "slow":
+            slow_may_end.wait(10)
+        return 0
+
+    monkeypatch.setattr("depthmix.compare.spread.run_one", run_one)
+    monkeypatch.setattr("depthmix.compare.spread.devices", lambda workers: ["0", "1"])
+    ended = []
+    for folder, _ in run_here(folders, 2):
+        ended.append(folder.name)
+        slow_may_end.set()
+    assert ended == ["quick", "slow"]
+    assert sorted(seen.values()) == ["0", "1"]
 
 
 @pytest.fixture
@@ -163,7 +275,9 @@ def test_failed_run_is_named_and_loses_no_other(tiny, pairs, tmp_path, capsys):
         tasks={"sums": {"dataset": [pairs], "train_rows": 2, "validation_rows": 1, "test_rows": 2}},
     )
     assert main(["compare", str(path)]) == 1
-    assert "failed: sums, wrong, seed 1" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "failed: sums, wrong, seed 1: exit status 1: k = 99, but" in said.err
+    assert "sums, lora, seed 1: loss " in said.out
     log = next(Path(tmp_path / "out").rglob("sums-wrong*/log.txt")).read_text()
     assert "k = 99" in log
     results = json.loads((tmp_path / "out/results.json").read_text())

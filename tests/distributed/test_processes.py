@@ -50,3 +50,12 @@ def test_process_without_a_supervised_token(tmp_path):
 def test_resume_on_another_number_of_processes(one, tmp_path):
     train(tmp_path, 2, "--batch", "2", "--stop-after", "2")
     assert_same(one[0], train(tmp_path, 1, "--batch", "4", "--resume"))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(one, tmp_path):
+    train(tmp_path, 2, "--batch", "2", "--signal-in", "2")
+    assert torch.load(tmp_path / "log.pt")[-1]["step"] == 2
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-2"
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    assert_same(one[0], train(tmp_path, 1, "--batch", "4", "--resume"))

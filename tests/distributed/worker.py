@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,9 +14,10 @@ warnings.simplefilter("ignore")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import depthmix
+from depthmix.train.interrupt import stopping_on_signals
 from models import PLAIN, tiny_model
 
 ROWS = 8
@@ -53,6 +55,17 @@ def build(dtype):
     return model
 
 
+class Signalled(TrainerCallback):
+    """Sends SIGTERM to the last process alone, in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if state.global_step == self.step - 1 and args.process_index == args.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -63,6 +76,7 @@ def main():
     parser.add_argument("--bf16-base", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--stop-after", type=int)
+    parser.add_argument("--signal-in", type=int, help="step in which the last process is signalled")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -92,7 +106,6 @@ def main():
         optimizer_cls_and_kwargs=(torch.optim.SGD, {"params": groups, "lr": 1e-2}),
     )
     if options.stop_after:
-        from transformers import TrainerCallback
 
         class Stop(TrainerCallback):
             def on_step_end(self, args, state, control, **_):
@@ -100,7 +113,10 @@ def main():
                     control.should_save = control.should_training_stop = True
 
         trainer.add_callback(Stop())
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    if options.signal_in is not None:
+        trainer.add_callback(Signalled(options.signal_in))
+    with stopping_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model(str(options.out / "final"))
     if trainer.is_world_process_zero():
         torch.save(trainer.state.log_history, options.out / "log.pt")

@@ -119,7 +119,7 @@ def test_steps_imply_their_strategy(required):
         ("k: 0", "run.yaml:1: k must be an integer >= 1, not 0"),
         ("k: two", "run.yaml:1: k: expected an integer, not 'two'"),
         ("k:", "run.yaml:1: k: expected an integer, not null"),
-        ("k: [1, 2]", r"run.yaml:1: k: expected an integer, not 2 values \(1, 2\)"),
+        ("k: [1, 2]", r"run.yaml:1: k: expected an integer, not 2 values \('1', '2'\)"),
         ("divergence: kd", "run.yaml:1: divergence: expected one of kl, reverse_kl, js, not 'kd'"),
         ("router_top_k: 9", r"run.yaml:1: router_top_k must be an integer in 1..k \(3\)"),
         ("method: lorra", "run.yaml:1: method: expected one of lora, dora"),
