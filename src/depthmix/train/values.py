@@ -39,7 +39,9 @@ class Range:
         return low and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        if self.high in (MOST, MOST_SEED):
+        if self.high == math.inf:
+            text = f"{'>' if self.above else '>='} {self.low:g}"
+        elif self.high in (MOST, MOST_SEED):
             text = f"{'>' if self.above else '>='} {self.low:g} and <= {self.high:.0f}"
         else:
             text = f"{'(' if self.above else '['}{self.low:g}, {self.high:g}"
@@ -48,8 +50,8 @@ class Range:
 
 
 _COUNT = Range(1)
-_NOT_NEGATIVE = Range(0)
-_POSITIVE = Range(0, above=True)
+_NOT_NEGATIVE = Range(0, math.inf, below=True)
+_POSITIVE = Range(0, math.inf, above=True, below=True)
 _SHARE = Range(0, 1, below=True)
 _SEED = Range(0, MOST_SEED)
 
@@ -70,7 +72,7 @@ RANGES = {
         (
             *("learning_rate", "router_learning_rate", "norm_learning_rate", "weight_decay"),
             *("adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay"),
-            *("neftune_noise_alpha", "router_aux_loss_coef", "dataloader_num_workers"),
+            *("neftune_noise_alpha", "router_aux_loss_coef"),
         ),
         _NOT_NEGATIVE,
     ),
@@ -82,6 +84,7 @@ RANGES = {
     **dict.fromkeys(("seed", "data_seed", "seeds"), _SEED),
     "label_smoothing_factor": Range(0, 1),
     "max_steps": Range(1, also=-1),
+    "dataloader_num_workers": Range(0),
     "local_rank": Range(0, also=-1),
 }
 
