@@ -1,0 +1,129 @@
+"""Options that commands share: which model, how it is loaded, how tokens are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from depthmix.carry.saved_run import Holds, SavedRun
+from depthmix.commands.parser import Parser
+from depthmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from depthmix.pretrained import Loading
+
+TARGET_HELP = "folder of a tuned, exported or base model, or its name on the hub (NAME@REVISION)"
+
+
+def add_model_options(parser: Parser, target: str = "target") -> None:
+    """Add the arguments that name the model and say how it is loaded."""
+    parser.add_argument(target, metavar="MODEL", help=TARGET_HELP)
+    parser.add_argument(
+        "--model", metavar="BASE", help="base model of an adapter (default: the one it names)"
+    )
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: Parser) -> None:
+    """Add the arguments that overrule how training loaded the base model."""
+    group = parser.add_argument_group("loading (default: as in training)")
+    group.add_argument("--revision", metavar="REV", help="of the base model on the hub")
+    group.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        help="run modelling code that comes with the weights",
+    )
+    group.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+    )
+    group.add_argument(
+        "--load-in-4bit",
+        action=argparse.BooleanOptionalAction,
+        help="quantise the base model while loading (needs bitsandbytes)",
+    )
+
+
+def loading(arguments: argparse.Namespace) -> Loading:
+    """Return what was said of loading."""
+    from depthmix.pretrained import Loading
+
+    return Loading(
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        dtype=arguments.dtype,
+        load_in_4bit=arguments.load_in_4bit,
+    )
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1; for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """Add the arguments of sampling."""
+    group = parser.add_argument_group("generation")
+    add = group.add_argument
+    add(
+        "--max-new-tokens",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="length limit (default: 256)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: always the likeliest token (default: 0)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens of this total probability (default: 1)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of all samples of the run (default: 0)")
+    add("--show-routing", action="store_true", help="print the mean weight of each late layer")
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Refuse values out of range, before anything is loaded."""
+    if not (0 <= arguments.temperature < math.inf):
+        raise ConfigError("--temperature must be a number >= 0")
+    if not 0 < arguments.top_p <= 1:
+        raise ConfigError("--top-p must be in (0, 1]")
+    if not 0 <= arguments.seed < 2**32:
+        raise ConfigError("--seed must be in 0 ... 2^32 - 1")
+
+
+def require_routing(run: SavedRun) -> None:
+    """Raise `ConfigError` unless the routing of a model can be shown."""
+    if run.holds is Holds.EXPORT:
+        raise ConfigError(f"--show-routing: {run.name} is an export, which does not record it")
+    if not run.has_mode:
+        raise ConfigError(f"--show-routing: {run.name} holds no MoDE")
+
+
+@contextmanager
+def showing_routing(model: Any, wanted: bool = True) -> Iterator[None]:
+    """Print the mean weight of each late layer over the block, if that is wanted."""
+    import depthmix
+
+    if not wanted:
+        yield
+        return
+    with depthmix.routing(model) as record:
+        yield
+    weights = zip(record.layers, record.mean().tolist(), strict=True)
+    listed = ", ".join(f"layer {layer}: {weight:.3f}" for layer, weight in weights)
+    print(f"routing: {listed}", file=sys.stderr)
