@@ -86,10 +86,7 @@ def load_base(name: str, **options: Any) -> Any:
         CheckpointError: there is an adapter or an export, which would lose MoDE here, or nothing.
     """
     run = SavedRun.find(name, options.get("revision"))
-    if run.holds is Holds.ADAPTER:
-        raise CheckpointError(
-            f"{name}: holds an adapter, where a base model is asked for; its own is {run.base}"
-        )
+    require_no_adapter(run)
     if run.holds is Holds.EXPORT:
         raise CheckpointError(f"{name}: an exported model, which is for inference alone")
     if run.has_mode:
@@ -98,6 +95,14 @@ def load_base(name: str, **options: Any) -> Any:
             "lose MoDE"
         )
     return _load_model(name, **options)
+
+
+def require_no_adapter(run: SavedRun) -> None:
+    """Raise `CheckpointError` for an adapter where a base model is asked for, with its own."""
+    if run.holds is Holds.ADAPTER:
+        raise CheckpointError(
+            f"{run.name}: holds an adapter, where a base model is asked for; its own is {run.base}"
+        )
 
 
 def _load_model(name: str, **options: Any) -> Any:

@@ -11,7 +11,6 @@ from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import (
     add_model_options,
     add_sampling_options,
-    check_sampling,
     loading,
     require_routing,
     showing_routing,
@@ -45,7 +44,6 @@ examples:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = _parser().parse_args(argv)
-    check_sampling(arguments)
     saved = SavedRun.find(arguments.target)
     if arguments.show_routing:
         require_routing(saved)

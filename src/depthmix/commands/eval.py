@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import sys
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from depthmix.carry.saved_run import SavedRun
-from depthmix.commands.model_options import add_model_options, loading, positive
-from depthmix.commands.parser import Parser
-from depthmix.errors import ConfigError
+from depthmix.commands.model_options import add_model_options, loading
+from depthmix.commands.parser import Parser, integer
+from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
 from depthmix.inference.form import Form, require_chat_template
 
@@ -106,9 +105,9 @@ def _parser() -> Parser:
         help="prompts (default: as in training); chat: the tokenizer's chat template",
     )
     add("--scoring", choices=["generate", "likelihood"], default="generate", help="of local files")
-    add("--batch-size", type=positive, default=8, help="questions at a time (default: 8)")
-    add("--limit", type=positive, help="questions of each task (default: all)")
-    add("--max-new-tokens", type=positive, default=128, help="of a reply (default: 128)")
+    add("--batch-size", type=integer(1), default=8, help="questions at a time (default: 8)")
+    add("--limit", type=integer(1), help="questions of each task (default: all)")
+    add("--max-new-tokens", type=integer(1), default=128, help="of a reply (default: 128)")
     add("--json", action="store_true", help="print the figures as JSON")
     add("--output", metavar="FOLDER", help="write figures and every reply there")
     return parser
@@ -163,9 +162,9 @@ def _of_harness(name: str) -> str:
     names = {*harness_tasks(), *known_tasks()}
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"task {name}: neither lm-eval nor depthmix has such a task{hint}")
+    raise ConfigError(
+        f"task {name}: neither lm-eval nor depthmix has such a task{nearest(name, names)}"
+    )
 
 
 def _cache(saved: SavedRun, arguments: argparse.Namespace) -> Path:

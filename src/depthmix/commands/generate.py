@@ -13,13 +13,11 @@ from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import (
     add_model_options,
     add_sampling_options,
-    check_sampling,
     loading,
-    positive,
     require_routing,
     showing_routing,
 )
-from depthmix.commands.parser import Parser
+from depthmix.commands.parser import Parser, integer
 from depthmix.data.formats import FORMATS
 from depthmix.errors import ConfigError, DataError
 from depthmix.inference.complete import complete
@@ -42,7 +40,6 @@ Prompts take the form of the rows that the model was tuned on, and end where tho
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = _parser().parse_args(argv)
-    check_sampling(arguments)
     if arguments.n > 1 and arguments.temperature == 0:
         raise ConfigError("--n: at --temperature 0 all samples are the same; try 0.7")
     prompts = _prompts(arguments)
@@ -86,10 +83,10 @@ def _parser() -> Parser:
     )
     group.add_argument("--system", metavar="TEXT", help="system message, for models of messages")
     group.add_argument(
-        "--n", type=positive, default=1, metavar="N", help="samples of each prompt (default: 1)"
+        "--n", type=integer(1), default=1, metavar="N", help="samples of each prompt (default: 1)"
     )
     group.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="at once (default: 8)"
+        "--batch-size", type=integer(1), default=8, metavar="N", help="at once (default: 8)"
     )
     group.add_argument("--json", action="store_true", help="a line of JSON for each sample")
     add_sampling_options(parser)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import Holds, SavedRun
-from depthmix.commands.parser import Parser
+from depthmix.commands.parser import MOST_SEED, Parser, integer, number
 from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,51 +58,39 @@ def loading(arguments: argparse.Namespace) -> Loading:
     )
 
 
-def positive(text: str) -> int:
-    """Read a whole number of at least 1; for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
 def add_sampling_options(parser: Parser) -> None:
     """Add the arguments of sampling."""
     group = parser.add_argument_group("generation")
     add = group.add_argument
     add(
         "--max-new-tokens",
-        type=positive,
+        type=integer(1),
         default=256,
         metavar="N",
         help="length limit (default: 256)",
     )
     add(
         "--temperature",
-        type=float,
+        type=number(0.0),
         default=0.0,
         metavar="T",
         help="0: always the likeliest token (default: 0)",
     )
     add(
         "--top-p",
-        type=float,
+        type=number(0.0, 1.0, above=True),
         default=1.0,
         metavar="P",
         help="sample from the likeliest tokens of this total probability (default: 1)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of all samples of the run (default: 0)")
+    add(
+        "--seed",
+        type=integer(0, MOST_SEED),
+        default=0,
+        metavar="N",
+        help="of all samples of the run (default: 0)",
+    )
     add("--show-routing", action="store_true", help="print the mean weight of each late layer")
-
-
-def check_sampling(arguments: argparse.Namespace) -> None:
-    """Refuse values out of range, before anything is loaded."""
-    if not (0 <= arguments.temperature < math.inf):
-        raise ConfigError("--temperature must be a number >= 0")
-    if not 0 < arguments.top_p <= 1:
-        raise ConfigError("--top-p must be in (0, 1]")
-    if not 0 <= arguments.seed < 2**32:
-        raise ConfigError("--seed must be in 0 ... 2^32 - 1")
 
 
 def require_routing(run: SavedRun) -> None:

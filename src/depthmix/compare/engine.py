@@ -12,6 +12,7 @@ import yaml
 from tqdm import tqdm
 
 import depthmix
+from depthmix.carry.saved_run import SavedRun
 from depthmix.compare.experiment import Experiment
 from depthmix.compare.rows import TaskRows, digest, load_rows
 from depthmix.compare.spread import LOG
@@ -51,6 +52,7 @@ def prepare(experiment: Experiment) -> list[Cell]:
 
 def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
     version = depthmix.__version__
+    model = SavedRun.find(experiment.model_name_or_path).digest()
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
@@ -59,13 +61,13 @@ def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
                 options = {
                     **_DEFAULTS,
                     **experiment.options_of(method),
-                    "model_name_or_path": experiment.model_name_or_path,
                     "dataset_format": "prompt_completion",
                     "seed": seed,
                 }
-                name = f"{task}-{method}-{seed}-{digest([version, options, training, scored])}"
-                folder = Path(experiment.output_dir) / "runs" / name
-                _write(folder, options, training, scored)
+                identity = digest([version, model, options, training, scored])
+                folder = Path(experiment.output_dir) / "runs" / f"{task}-{method}-{seed}-{identity}"
+                named = {"model_name_or_path": experiment.model_name_or_path, **options}
+                _write(folder, named, training, scored)
                 yield Cell(task, method, seed, folder)
 
 

@@ -12,7 +12,8 @@ _NUMBER = re.compile(
     r"""
     (?:(?<![\w.)\]]) (?P<sign>[-+\u2212\u2013]))? [$€£¥]? (?P<after>(?<=[$€£¥])-)?
     (?:
-        (?:(?P<whole>\d+)\ )? (?<![\d/.,]) (?P<above>\d+)\ ?[/\u2044]\ ?(?P<below>\d+) (?![\d/]|[.,]\d)
+        (?:(?P<whole>\d+)\ )? (?<![\d/.,]) (?P<above>\d+)\ ?[/\u2044]\ ?(?P<below>\d+)
+        (?![\d/]|[.,]\d)
       | (?P<number> (?: \d{1,3}(?:,\d{3})+(?!\d) | \d+ ) (?:\.\d+)? | (?<![\w.])\.\d+ )
         (?P<exponent>[eE][-+]?\d+(?!\w))?
     )
@@ -47,10 +48,8 @@ def last_number(text: str) -> float | None:
 
 def _last(text: str) -> tuple[float, bool] | None:
     """Return the last number and whether it is a percentage."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return None if found is None else (_value(found), found["percent"] is not None)
+    numbers = list(_NUMBER.finditer(text))
+    return (_value(numbers[-1]), numbers[-1]["percent"] is not None) if numbers else None
 
 
 def _value(found: re.Match[str]) -> float:

@@ -107,7 +107,7 @@ class _PromptedLM(HFLM):  # type: ignore[misc]
         ids: list[int] = super().tok_encode(string, *args, **options)
         return ids[:-1] if self._appends_eos and ids[-1:] == [self.eot_token_id] else ids
 
-    def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> Any:
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **options: Any) -> Any:
         ids: Tensor
         ids, mask = super().tok_batch_encode(strings, *args, **options)
         if self._appends_eos and bool((ids[:, -1] == self.eot_token_id).all()):

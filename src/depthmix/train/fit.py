@@ -12,6 +12,7 @@ from depthmix.train import output
 from depthmix.train.arguments import TrainArguments
 from depthmix.train.data import TrainingData, prepare_data, require_rows
 from depthmix.train.data import notes as data_notes
+from depthmix.train.record import write_record
 
 if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer
@@ -30,6 +31,7 @@ def fit(arguments: TrainArguments) -> SFTTrainer:
     notes = [*_without_effect(arguments), *data_notes(data, arguments)]
     if trainer.is_world_process_zero():
         output.write_config(folder, arguments, data.format)
+        write_record(folder, arguments, trainer)
         print(*notes, sep="\n", end="\n" if notes else "")
     with caching(arguments, trainer), stopping_on_interrupt(trainer):
         _fit(trainer, checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -12,18 +11,21 @@ from typing import TYPE_CHECKING
 import yaml
 
 import depthmix
+from depthmix.carry import run_record
+from depthmix.carry.saved_run import ADAPTER_CONFIG, MODEL_CONFIG, SavedRun
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.train.arguments import TrainArguments
+from depthmix.train.card import name_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-CONFIG_NAME = "depthmix.yaml"
+CONFIG_NAME = run_record.CONFIG_NAME
 
 # The last files to appear in a finished run, and the sign of one.
-_MODEL_CONFIGS = ("adapter_config.json", "config.json")
+_MODEL_CONFIGS = (ADAPTER_CONFIG, MODEL_CONFIG)
 
 # What a run that goes on must have in common with its checkpoint.
 _LASTING = (
@@ -75,6 +77,7 @@ def save(folder: Path, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         if (folder / "README.md").exists():
             (staging / "README.md").unlink(missing_ok=True)
+        name_base(folder, str(trainer.model.config.name_or_path))  # type: ignore[union-attr]
         for path in sorted(staging.iterdir(), key=lambda path: path.name in _MODEL_CONFIGS):
             path.replace(folder / path.name)
         staging.rmdir()
@@ -97,32 +100,28 @@ def _make_room(folder: Path, arguments: TrainArguments) -> None:
 
 def _held(folder: Path) -> str | None:
     """Say what a folder holds."""
-    if any((folder / name).exists() for name in _MODEL_CONFIGS):
+    saved = SavedRun(str(folder), folder)
+    if saved.is_finished:
         return "a finished run"
-    return "an unfinished run" if _checkpoints(folder) else None
+    return "an unfinished run" if saved.checkpoints else None
 
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run leaves: its checkpoints, its configuration and its weights."""
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in SavedRun(str(folder), folder).checkpoints:
         shutil.rmtree(checkpoint)
-    named = [folder / name for name in (CONFIG_NAME, *_MODEL_CONFIGS)]
+    named = [folder / name for name in (CONFIG_NAME, run_record.RECORD_NAME, *_MODEL_CONFIGS)]
     for path in (*named, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-
-
 def _resumable(folder: Path, arguments: TrainArguments) -> str:
     """Return the last checkpoint that is whole, if it belongs to a run like this one."""
-    # The Trainer writes its state last.
-    whole = [p for p in _checkpoints(folder) if (p / "trainer_state.json").exists()]
+    whole = SavedRun(str(folder), folder).whole_checkpoints
     if not whole:
         raise ConfigError(f"--resume: no checkpoint in {folder}; leave out --resume to start anew")
     _require_same_run(folder / CONFIG_NAME, arguments)
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
+    return str(whole[-1])
 
 
 def _require_same_run(stored: Path, arguments: TrainArguments) -> None:
