@@ -18,6 +18,8 @@ from depthmix.errors import CheckpointError
 CONFIG_NAME = "depthmix.yaml"
 RECORD_NAME = "depthmix_run.json"
 
+_FORMAT = "dataset_format"
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -38,16 +40,16 @@ class RunRecord:
         Raises:
             CheckpointError: a file is not whole; names it.
         """
-        options, facts = folder / CONFIG_NAME, folder / RECORD_NAME
-        return cls(
-            _read_yaml(options) if options.exists() else {},
-            read_json(facts) if facts.exists() else {},
-        )
+        path, facts = folder / CONFIG_NAME, folder / RECORD_NAME
+        options = _read_yaml(path) if path.exists() else {}
+        if options and not isinstance(options.get(_FORMAT), str):
+            raise CheckpointError(f"{path}: not whole: {_FORMAT} is missing")
+        return cls(options, read_json(facts) if facts.exists() else {})
 
     @property
     def row_format(self) -> str | None:
         """The format of the rows that the model was tuned on (`depthmix.data.formats`)."""
-        return self.options.get("dataset_format")
+        return self.options.get(_FORMAT)
 
     @property
     def template(self) -> str | None:

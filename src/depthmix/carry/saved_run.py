@@ -78,16 +78,19 @@ class SavedRun:
 
     @cached_property
     def has_mode(self) -> bool:
-        """Whether the weights hold MoDE's, going by the names of the tensors.
+        """Whether there is a MoDE: going by the tensors, or by what an adapter says of itself.
 
         Raises:
             CheckpointError: a file of weights is not whole.
         """
+        from depthmix.carry.adapters import DESCRIPTION_KEY
         from depthmix.carry.checkpoint import Checkpoint
 
         if self.commit:
             _snapshot(self.name.partition("@")[0], self.commit, _WEIGHTS)
-        return bool(self.weight_files and Checkpoint(self.folder).read_mode())
+        if self.weight_files and Checkpoint(self.folder).read_mode():
+            return True
+        return self.holds is Holds.ADAPTER and DESCRIPTION_KEY in self._read(ADAPTER_CONFIG)
 
     @property
     def base(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from depthmix.data.formats import FORMATS, conversational, prompt_for
-from depthmix.errors import ConfigError
+from depthmix.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,9 @@ class Form:
             return cls(row_format)
         recorded = run.record.row_format or "text"
         if recorded not in FORMATS:
-            raise ConfigError(f"{run.name}: recorded as tuned on rows of format {recorded!r}")
+            raise CheckpointError(
+                f"{run.name}: recorded as tuned on rows of format {recorded!r}, which is unknown"
+            )
         return cls(recorded, run.record.template)
 
     @property
