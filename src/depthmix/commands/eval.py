@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import add_model_options, loading
@@ -211,6 +211,6 @@ def _write(
     print(f"figures and replies: {folder}", file=_aside(arguments))
 
 
-def _aside(arguments: argparse.Namespace) -> TextIO:
+def _aside(arguments: argparse.Namespace) -> Any:
     """Return where to print what is no figure: beside the JSON, if there is any."""
     return sys.stderr if arguments.json else sys.stdout

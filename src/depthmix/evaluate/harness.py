@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def evaluate(
             limit=limit,
             bootstrap_iters=1000,
             apply_chat_template=chat,
+            task_manager=_task_manager(any(isinstance(task, str) for task in tasks)),
         )
     except (OSError, DatasetNotFoundError) as error:  # of lm-eval's own tasks: data on the hub
         raise DataError(f"the data of a task cannot be loaded: {error}") from error
@@ -96,8 +98,14 @@ def evaluate(
 
 def harness_tasks() -> Iterable[str]:
     """Return the names that lm-eval knows: its tasks, groups and tags."""
-    names: Iterable[str] = TaskManager().all_tasks
+    names: Iterable[str] = _task_manager(True).all_tasks
     return names
+
+
+@lru_cache
+def _task_manager(with_own: bool) -> TaskManager:
+    """Return lm-eval's finder of tasks, which reads thousands of files for its own."""
+    return TaskManager(include_defaults=with_own)
 
 
 class _PromptedLM(HFLM):  # type: ignore[misc]
