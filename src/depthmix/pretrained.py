@@ -112,8 +112,14 @@ def _load_model(name: str, **options: Any) -> Any:
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model from a folder or the hub."""
+    """Load the tokenizer of a model from a folder or the hub.
+
+    Raises:
+        CheckpointError: there is no model.
+    """
     from transformers import AutoTokenizer
+
+    SavedRun.find(name, options.get("revision"))
 
     return _found("tokenizer of", name, lambda: AutoTokenizer.from_pretrained(name, **options))
 

@@ -87,7 +87,7 @@ def test_an_unfinished_run_names_its_last_checkpoint(copied):
     [
         ("nothere", "no such folder, and no such model in the cache of the hub"),
         ("some/body@v2", "no such model at revision v2 in the cache"),
-        ("./nothere", r"^\./nothere: there is no such folder$"),
+        ("./nothere", r"^model \./nothere: there is no such folder$"),
         ("a b", "no such model on the hub"),
         ("{empty}", "holds no model: neither adapter_config.json nor config.json"),
         ("{file}", "a file, not the folder of a model"),

@@ -187,7 +187,7 @@ def _from_hub(name: str, revision: str | None) -> SavedRun:
     if Path(name).exists():
         raise CheckpointError(f"{name}: a file, not the folder of a model")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"{name}: there is no such folder")
+        raise CheckpointError(f"model {name}: there is no such folder")
     repository, _, named = name.partition("@")
     folder = _snapshot(repository, named or revision, _DESCRIPTIONS)
     run = SavedRun(name, folder, commit=folder.name)
@@ -215,10 +215,10 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         )
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{repository}: there is no such folder, and no such model{at} in the cache of the "
+            f"model {repository}: there is no such folder, and no such model{at} in the cache of the "
             "hub, which cannot be reached"
         ) from error
     except (HfHubHTTPError, HFValidationError, IncompleteSnapshotError) as error:
         raise CheckpointError(
-            f"{repository}: there is no such folder, and no such model{at} on the hub ({error})"
+            f"model {repository}: there is no such folder, and no such model{at} on the hub ({error})"
         ) from error
