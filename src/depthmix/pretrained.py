@@ -150,8 +150,8 @@ def load_saved(
         return _with_adapter(load_base(base or run.base, **options), run, is_trainable)
     if run.holds is Holds.EXPORT:
         return _exported(run, options)
-    where = run.name.partition("@")[0] if run.commit else str(run.folder)
-    model = _load_model(where, **(options | ({"revision": run.commit} if run.commit else {})))
+    where, revision = _place(run)
+    model = _load_model(where, **{**options, "revision": revision or "main"})
     if not run.has_mode:
         return model
     import depthmix
@@ -164,11 +164,19 @@ def load_tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved with a model, or that of its base."""
     options = _loading(run, base, loading).options()
-    given = {name: options[name] for name in ("trust_remote_code", "revision") if name in options}
-    if (run.folder / "tokenizer_config.json").exists() or run.holds is not Holds.ADAPTER:
-        given.pop("revision", None)
-        return load_tokenizer(str(run.folder), **given)
-    return load_tokenizer(base or run.base, **given)
+    trust = options["trust_remote_code"]
+    if run.holds is not Holds.ADAPTER:
+        where, revision = _place(run)
+    elif (run.folder / "tokenizer_config.json").exists():
+        where, revision = str(run.folder), None
+    else:
+        where, revision = base or run.base, options.get("revision")
+    return load_tokenizer(where, trust_remote_code=trust, revision=revision or "main")
+
+
+def _place(run: SavedRun) -> tuple[str, str | None]:
+    """Return where `from_pretrained` finds a run, and at which revision."""
+    return (run.repository, run.commit) if run.commit else (str(run.folder), None)
 
 
 def to_device(model: Any) -> Any:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import depthmix
 from depthmix.carry.saved_run import Holds, SavedRun
 from depthmix.cli import main
 from depthmix.errors import CheckpointError, ConfigError, DepthmixError
@@ -123,8 +125,9 @@ def test_adapters_and_ensembles_are_no_base_models(tiny, rows, run, tmp_path, ca
     full = train(tiny, rows, str(tmp_path / "full"), "--method", "full")
     with pytest.raises(CheckpointError, match="holds a model with MoDE"):
         load_base(full)
-    assert main(["plan", run]) == 1
-    assert "holds an adapter" in capsys.readouterr().err
+    for command in (["plan", run], ["bench", "--model", run]):
+        assert main(command) == 1
+        assert "holds an adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -212,6 +215,32 @@ def test_an_adapter_from_the_hub_by_name_and_revision(hub, run):
     assert SavedRun.find("some/adapter").record.row_format == "prompt_completion"
     with pytest.raises(CheckpointError, match="at revision v9"):
         SavedRun.find("some/adapter@v9")
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in some/base")
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+def test_load_takes_names_on_the_hub(hub, tiny, run):
+    def loaded(*where, **options):
+        base = AutoModelForCausalLM.from_pretrained(tiny)
+        return logits(depthmix.load(base, *where, **options).eval())
+
+    torch.testing.assert_close(loaded("some/adapter"), loaded(run))
+    torch.testing.assert_close(loaded("some/adapter", revision="v1"), loaded(f"{run}/checkpoint-2"))
+
+
+def test_a_whole_model_on_the_hub_has_one_revision(hub, tiny, capsys):
+    (hub / "models--some--base" / "refs" / "v2").write_text("c" * 40)
+    prompt = ["--prompt", "x", "--max-new-tokens", "1"]
+    assert main(["generate", "some/base", "--revision", "v2", *prompt]) == 0
+    assert main(["generate", "some/base@v2", *prompt]) == 0
+    capsys.readouterr()
+    for target, revision, message in (
+        ("some/base", "v3", "no such model at revision v3"),
+        ("some/base@v2", "v2", "--revision: some/base@v2 names one already"),
+        (tiny, "v2", "is a folder, which has none"),
+    ):
+        assert main(["generate", target, "--revision", revision, *prompt]) in (1, 2)
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_record_from_the_hub_is_no_permission_to_run_code(hub, run):

@@ -15,8 +15,8 @@ from depthmix.errors import CheckpointError
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 
-# What is fetched from the hub to tell what a name holds, and to use an adapter.
-_DESCRIPTIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", CONFIG_NAME]
+# What is fetched from the hub to tell what a name holds, and to use it.
+_DESCRIPTIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CONFIG_NAME]
 _WEIGHTS = ["adapter_model.safetensors", "model.safetensors", "model-*.safetensors"]
 
 
@@ -60,6 +60,11 @@ class SavedRun:
         run.require_model()
         return run
 
+    @property
+    def repository(self) -> str:
+        """Its name on the hub, without a revision."""
+        return self.name.partition("@")[0]
+
     @cached_property
     def holds(self) -> Holds:
         """What is there."""
@@ -86,9 +91,7 @@ class SavedRun:
         from depthmix.carry.adapters import DESCRIPTION_KEY
         from depthmix.carry.checkpoint import Checkpoint
 
-        if self.commit:
-            _snapshot(self.name.partition("@")[0], self.commit, _WEIGHTS)
-        if self.weight_files and Checkpoint(self.folder).read_mode():
+        if self.weight_files and Checkpoint(self.fetched()).read_mode():
             return True
         return self.holds is Holds.ADAPTER and DESCRIPTION_KEY in self._read(ADAPTER_CONFIG)
 
@@ -134,7 +137,12 @@ class SavedRun:
     @property
     def weight_files(self) -> list[Path]:
         """The safetensors files of an adapter or a model."""
-        return sorted(path for pattern in _WEIGHTS for path in self.folder.glob(pattern))
+        folder = self.fetched()
+        return sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+
+    def fetched(self) -> Path:
+        """Return the folder, with the weights in it if they come from the hub."""
+        return _snapshot(self.repository, self.commit, _WEIGHTS) if self.commit else self.folder
 
     def require_model(self) -> None:
         """Raise `CheckpointError` unless there is a model, with what there is instead."""
@@ -148,7 +156,7 @@ class SavedRun:
             go_on = f"depthmix train {self.folder / CONFIG_NAME} --resume"
             raise CheckpointError(f"{self.name}: an unfinished run; {there}, or go on: {go_on}")
 
-    def digest(self, base: str | None = None) -> str:
+    def digest(self, base: str | None = None, revision: str | None = None) -> str:
         """Return a digest of everything that a prediction depends on, wherever it lies.
 
         Of an adapter's weights and of its base model's; of a model on the hub, its commit. Files
@@ -156,10 +164,11 @@ class SavedRun:
 
         Args:
             base: the base model, where it is not the one that the adapter names.
+            revision: of the base model on the hub, where it is not the recorded one.
         """
         sha = hashlib.sha256()
         if self.commit:
-            sha.update(f"{self.name.partition('@')[0]}@{self.commit}".encode())
+            sha.update(f"{self.repository}@{self.commit}".encode())
         else:
             configs = [self.folder / name for name in (ADAPTER_CONFIG, MODEL_CONFIG)]
             for path in [*filter(Path.exists, configs), *_weights_in(self.folder)]:
@@ -167,7 +176,8 @@ class SavedRun:
                     sha.update(path.name.encode())
                     sha.update(hashlib.file_digest(file, "sha256").digest())
         if self.holds is Holds.ADAPTER:
-            sha.update(SavedRun.find(base or self.base).digest().encode())
+            at = revision or (None if base else self.record.base.get("revision"))
+            sha.update(SavedRun.find(base or self.base, at).digest().encode())
         return sha.hexdigest()
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -183,17 +193,14 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def _from_hub(name: str, revision: str | None) -> SavedRun:
-    """Fetch what tells what a repository holds, and an adapter's weights."""
+    """Fetch what tells what a repository holds."""
     if Path(name).exists():
         raise CheckpointError(f"{name}: a file, not the folder of a model")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"model {name}: there is no such folder")
     repository, _, named = name.partition("@")
     folder = _snapshot(repository, named or revision, _DESCRIPTIONS)
-    run = SavedRun(name, folder, commit=folder.name)
-    if run.holds is Holds.ADAPTER:
-        _snapshot(repository, folder.name, _WEIGHTS)
-    return run
+    return SavedRun(name, folder, commit=folder.name)
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:

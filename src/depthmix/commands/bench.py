@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.parser import Parser
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
@@ -41,7 +42,9 @@ def run(argv: Sequence[str]) -> int:
     if arguments.plot:
         _require_matplotlib()
     from depthmix.bench.report import plot, print_ratios, require_markers, write_table
+    from depthmix.pretrained import require_no_adapter
 
+    require_no_adapter(SavedRun.find(arguments.model))
     if arguments.table:
         if "step" not in arguments.parts:
             raise ConfigError("--table is of part step")

@@ -11,6 +11,7 @@ from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import (
     add_model_options,
     add_sampling_options,
+    find_run,
     loading,
     require_routing,
     showing_routing,
@@ -44,7 +45,7 @@ examples:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = _parser().parse_args(argv)
-    saved = SavedRun.find(arguments.target)
+    saved = find_run(arguments.target, arguments.revision)
     if arguments.show_routing:
         require_routing(saved)
     form = _form(Form.of(saved, arguments.format), arguments)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import SavedRun
-from depthmix.commands.model_options import add_model_options, loading
+from depthmix.commands.model_options import add_model_options, find_run, loading
 from depthmix.commands.parser import Parser, integer
 from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     if find_spec("lm_eval") is None:
         raise ConfigError("depthmix eval needs lm-eval: pip install 'depthmix[eval]'")
     _require_distinct(arguments.tasks)
-    saved = SavedRun.find(arguments.target)
+    saved = find_run(arguments.target, arguments.revision)
     form = Form.of(saved)
     template = arguments.template or _template(saved, form)
     tasks = [_task(text, template, arguments) for text in arguments.tasks]
@@ -169,8 +169,8 @@ def _of_harness(name: str) -> str:
 
 def _cache(saved: SavedRun, arguments: argparse.Namespace) -> Path:
     """Return a file that belongs to these weights, loaded like this."""
-    loaded = [arguments.revision, arguments.dtype, arguments.load_in_4bit]
-    identity = json.dumps([saved.digest(arguments.model), loaded])
+    weights = saved.digest(arguments.model, arguments.revision)
+    identity = json.dumps([weights, arguments.dtype, arguments.load_in_4bit])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Path(arguments.output) / "cache" / f"{digest}.jsonl"
 

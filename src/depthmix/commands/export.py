@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from depthmix.carry.saved_run import Holds, SavedRun
-from depthmix.commands.model_options import add_model_options, loading
+from depthmix.commands.model_options import add_model_options, find_run, loading
 from depthmix.commands.parser import Parser
 from depthmix.errors import CheckpointError
 
@@ -24,7 +24,7 @@ llama.cpp, TensorRT-LLM) cannot serve the folder; see docs/export.md.
 def run(argv: Sequence[str]) -> int:
     """Load, merge and write."""
     arguments = _parser().parse_args(argv)
-    saved = SavedRun.find(arguments.target)
+    saved = find_run(arguments.target, arguments.revision)
     if saved.holds is Holds.EXPORT:
         raise CheckpointError(f"{saved.name}: is an export already")
     if not saved.has_mode:

@@ -13,6 +13,7 @@ from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import (
     add_model_options,
     add_sampling_options,
+    find_run,
     loading,
     require_routing,
     showing_routing,
@@ -43,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.n > 1 and arguments.temperature == 0:
         raise ConfigError("--n: at --temperature 0 all samples are the same; try 0.7")
     prompts = _prompts(arguments)
-    saved = SavedRun.find(arguments.target)
+    saved = find_run(arguments.target, arguments.revision)
     if arguments.show_routing:
         require_routing(saved)
     form = Form.of(saved, arguments.format)
@@ -55,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
     model, tokenizer = load_for_use(saved, form, arguments.model, loading(arguments))
     encoded = [form.encode(prompt, tokenizer, arguments.system) for prompt in prompts]
     _tell_of_blanks(prompts, form)
+    if not (saved.record.row_format or arguments.format) and tokenizer.chat_template:
+        note = "there is no record of how it was tuned: asked in plain text; or --format messages"
+        print(f"note: {saved.name}: {note}", file=sys.stderr)
     set_seed(arguments.seed)  # once: equal prompts are different samples
     with showing_routing(model, arguments.show_routing):
         if len(encoded) == arguments.n == 1 and not arguments.json:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import Holds, SavedRun
+from depthmix.commands.model_options import find_run
 from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts
 from depthmix.config import MoDEConfig
@@ -42,7 +43,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("the model or the adapter comes first: depthmix info MODEL [--key value]")
     given = read_flags(argv[1:])
     as_json = given.pop("json", None) is not None
-    saved = SavedRun.find(target)
+    revision = given["revision"].text if "revision" in given else None
+    saved = find_run(target, revision)
     tuned = saved.holds is not Holds.MODEL or saved.has_mode
     report = _saved(saved, given) if tuned else _planned(target, given)
     if as_json:

@@ -46,6 +46,23 @@ def add_loading_options(parser: Parser) -> None:
     )
 
 
+def find_run(target: str, revision: str | None) -> SavedRun:
+    """Find what a command is to use; a revision is that of a whole model, or an adapter's base.
+
+    Raises:
+        CheckpointError: there is nothing to use.
+        ConfigError: the revision is of a folder, or a second one.
+    """
+    run = SavedRun.find(target)
+    if revision is None or run.holds is Holds.ADAPTER:
+        return run
+    if run.commit is None:
+        raise ConfigError(f"--revision: {target} is a folder, which has none")
+    if run.repository != target:
+        raise ConfigError(f"--revision: {target} names one already")
+    return SavedRun.find(target, revision)
+
+
 def loading(arguments: argparse.Namespace) -> Loading:
     """Return what was said of loading."""
     from depthmix.pretrained import Loading

@@ -17,6 +17,7 @@ from depthmix.compare.experiment import Experiment
 from depthmix.compare.rows import TaskRows, digest, load_rows
 from depthmix.compare.spread import LOG
 from depthmix.files import write_text
+from depthmix.pretrained import require_no_adapter
 
 RESULT, TRAIN, TRAIN_ROWS, SCORED_ROWS = "result.json", "train.yaml", "train.jsonl", "score.jsonl"
 
@@ -52,7 +53,9 @@ def prepare(experiment: Experiment) -> list[Cell]:
 
 def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
     version = depthmix.__version__
-    model = SavedRun.find(experiment.model_name_or_path).digest()
+    base = SavedRun.find(experiment.model_name_or_path)
+    require_no_adapter(base)
+    model = base.digest()
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
