@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmix.carry.saved_run import Holds, SavedRun
@@ -147,6 +148,8 @@ def load_saved(
     options = _loading(run, base, loading).options()
     if run.holds is Holds.ADAPTER:
         _require_safe(run)
+        if base is None:
+            _require_base(run)
         return _with_adapter(load_base(base or run.base, **options), run, is_trainable)
     if run.holds is Holds.EXPORT:
         return _exported(run, options)
@@ -206,6 +209,15 @@ def _require_safe(run: SavedRun) -> None:
     if not run.weight_files:
         raise CheckpointError(f"{run.name}: the adapter has no safetensors file")
     _ = run.has_mode  # opens every file
+
+
+def _require_base(run: SavedRun) -> None:
+    """Refuse an adapter whose base was a folder that is not there (any more, or from here)."""
+    if run.record.base.get("local") and not Path(run.base).is_dir():
+        raise CheckpointError(
+            f"{run.name}: its base model was the folder {run.base}, which is not there: give it "
+            "with --model"
+        )
 
 
 def _with_adapter(model: Any, run: SavedRun, is_trainable: bool) -> Any:

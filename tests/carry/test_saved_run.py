@@ -153,6 +153,18 @@ def test_an_adapter_of_another_size_is_one_line(tiny, rows, tmp_path, capsys):
     assert "the adapter does not go onto" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+def test_a_base_that_is_gone_is_named(tiny, rows, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    out = train(str(base), rows, str(tmp_path / "out"))
+    base.rename(tmp_path / "moved")
+    prompt = ["--prompt", "x", "--max-new-tokens", "1"]
+    assert main(["generate", out, *prompt]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{out}: its base model was the folder {base}, which is not there" in error
+    assert main(["generate", out, "--model", str(tmp_path / "moved"), *prompt]) == 0
+
+
 def test_a_lost_ensemble_is_not_a_plain_adapter(copied, capsys):
     path = copied / "adapter_model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if "depthmix" not in n}, path)

@@ -33,6 +33,7 @@ def test_the_record_has_what_was_not_said_as_well(tiny, rows, out):
     assert options["k"] == 3
     assert facts["base"] == {
         "name": tiny,
+        "local": True,
         "revision": None,
         "trust_remote_code": False,
         "dtype": "float32",

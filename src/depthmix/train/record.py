@@ -29,7 +29,7 @@ _SECRETS = ("hub_token", "push_to_hub_token")
 def write_record(folder: Path, arguments: TrainArguments, trainer: SFTTrainer) -> None:
     """Write options with every default filled in, the base model, the data and the versions."""
     facts = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES},
         "base": _base(arguments, trainer),
         "data": {
@@ -69,6 +69,12 @@ def digest_of(rows: Dataset) -> str:
     return sha.hexdigest()
 
 
+def _program() -> str:
+    """Return the name of what was run; `python -m depthmix` has none of its own."""
+    name = Path(sys.argv[0]).name
+    return "depthmix" if name == "__main__.py" else name
+
+
 class _Hashing:
     """A file that keeps nothing but the hash of what is written."""
 
@@ -103,6 +109,7 @@ def _base(arguments: TrainArguments, trainer: SFTTrainer) -> dict[str, Any]:
     quantization = get_quantization_config(options)
     return {
         "name": options.model_name_or_path,
+        "local": local,
         "revision": None if local else config._commit_hash or options.model_revision,
         "trust_remote_code": bool(arguments.training.trust_remote_code),
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype else None,
