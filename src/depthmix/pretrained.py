@@ -213,7 +213,9 @@ def _require_safe(run: SavedRun) -> None:
 
 def _require_base(run: SavedRun) -> None:
     """Refuse an adapter whose base was a folder that is not there (any more, or from here)."""
-    if run.record.base.get("local") and not Path(run.base).is_dir():
+    recorded = run.record.base
+    was_local = recorded.get("local") and recorded.get("name") == run.base
+    if was_local and not Path(run.base).is_dir():
         raise CheckpointError(
             f"{run.name}: its base model was the folder {run.base}, which is not there: give it "
             "with --model"
