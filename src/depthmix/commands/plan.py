@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import SavedRun
@@ -71,7 +72,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
     from depthmix.plan.trunk import Step, count_trunk
     from depthmix.pretrained import require_no_adapter
 
-    require_no_adapter(SavedRun.find(arguments.model))
+    if Path(arguments.model).is_dir():
+        require_no_adapter(SavedRun(arguments.model, Path(arguments.model)))
     try:
         config = AutoConfig.from_pretrained(arguments.model)
     except (OSError, ValueError) as error:

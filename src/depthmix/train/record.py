@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.carry.groups import NORM_LR, ROUTER_LR
 from depthmix.carry.run_record import RECORD_NAME
 from depthmix.files import write_text
 from depthmix.train.arguments import TrainArguments
@@ -43,6 +42,8 @@ def write_record(folder: Path, arguments: TrainArguments, trainer: SFTTrainer) -
 
 def effective_options(arguments: TrainArguments) -> dict[str, Any]:
     """Return every option of a run with the value that it has, tokens of the hub left out."""
+    from depthmix.carry.groups import NORM_LR, ROUTER_LR
+
     groups = (arguments.model, arguments.training, arguments.run)
     fields = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
     rates = {}
