@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -18,15 +17,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
     temporary.replace(path)
-
-
-def weights_digest(folder: Path) -> str:
-    """Return a digest of the weights in a folder: equal wherever the folder is, and however old."""
-    found = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "blake2b").digest())
-    return found.hexdigest()
 
 
 def allocate(descriptor: int, size: int) -> None:

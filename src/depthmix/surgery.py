@@ -30,6 +30,7 @@ from depthmix.carry.callback import watch_trainers
 from depthmix.carry.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from depthmix.carry.depth import TunedLayers, count_of, require_restricted, restricted
 from depthmix.carry.hotswap import refuse_hotswap
+from depthmix.carry.saved_run import SavedRun
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError, DepthmixError
 from depthmix.method.mixture import MODULE_NAME, DepthMixture, read_spec
@@ -121,14 +122,21 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def load(base_model: nn.Module, folder: str | Path, is_trainable: bool = False) -> Any:
+def load(
+    base_model: nn.Module,
+    folder: str | Path,
+    is_trainable: bool = False,
+    revision: str | None = None,
+) -> Any:
     """Attach the MoDE saved in `folder` to `base_model`, with the adapter saved beside it.
 
     Args:
         base_model: the model that was tuned. For a fully fine-tuned checkpoint: the model
             loaded from `folder` itself with `from_pretrained`.
-        folder: what `save_pretrained` or a trainer wrote: an adapter or a whole model.
+        folder: what `save_pretrained` or a trainer wrote: an adapter or a whole model; or its name
+            on the hub.
         is_trainable: continue training; otherwise the adapter is frozen.
+        revision: branch, tag or commit on the hub.
 
     Returns:
         The PeftModel, or `base_model` for a fully fine-tuned checkpoint.
@@ -142,6 +150,8 @@ def load(base_model: nn.Module, folder: str | Path, is_trainable: bool = False) 
             "load needs the base model, and this is a PeftModel: pass what its unload() returns"
         )
     assert isinstance(base_model, PreTrainedModel)
+    if not Path(folder).is_dir():
+        folder = SavedRun.find(str(folder), revision).fetched()
     saved = Checkpoint(Path(folder))
     spec = saved.spec()
     with _undone_on_failure(base_model):

@@ -10,21 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import depthmix
 from depthmix.cli import main
-from depthmix.commands import chat as chat_command
-from depthmix.commands import generate as generate_command
 from depthmix.data.template import TEMPLATES
 
 alpaca_prompt = TEMPLATES["alpaca"].prompt
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny, rows, tmp_path_factory):
-    """Folder of a LoRA with MoDE, tuned for a few steps."""
-    folder = str(tmp_path_factory.mktemp("adapters") / "out")
-    flags = ["--max_steps", "8", "--learning_rate", "1e-2", "--disable_tqdm", "--k", "2"]
-    command = ["train", "--model_name_or_path", tiny, "--dataset", rows, "--output_dir", folder]
-    assert main([*command, *flags]) == 0
-    return folder
 
 
 def greedy(tiny, adapter, ids, new_tokens):
@@ -80,21 +68,6 @@ def test_routing_is_shown(adapter, capsys):
     assert sum(weights) == pytest.approx(1, abs=2e-3)
 
 
-@pytest.fixture
-def prompt_seen(monkeypatch, tiny):
-    """The text of the prompt that the model gets."""
-    seen = []
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-
-    def record(model, tokenizer_, prompts, arguments, stream=False):
-        seen.append(tokenizer.decode(prompts[0]))
-        return ["four<|end|>"] * len(prompts)
-
-    monkeypatch.setattr(generate_command, "complete", record)
-    monkeypatch.setattr(chat_command, "complete", record)
-    return seen
-
-
 def test_the_prompt_takes_the_form_of_the_training_data(adapter, prompt_seen, tmp_path):
     command = ["generate", adapter, "--prompt", "Add."]
     assert main(command) == 0
@@ -132,49 +105,78 @@ def test_full_and_plain_models_work_too(method, tiny, rows, tmp_path, capsys, re
 @pytest.mark.parametrize(
     ("flags", "status", "complaint"),
     [
-        (["none", "--prompt", "x"], 1, "none: there is no such folder"),
+        (
+            ["none", "--prompt", "x"],
+            1,
+            "none: there is no such folder, and no such model in the cache",
+        ),
+        (["none", "--model", "{tiny}", "--prompt", "x"], 1, "none: there is no such folder"),
         (["{tmp}", "--prompt", "x"], 1, "neither adapter_config.json nor config.json"),
+        (["{tiny}", "--model", "x", "--prompt", "x"], 2, "--model: {tiny} holds a whole model"),
+        (["{adapter}", "--prompt", "x", "--n", "2"], 2, "--n: at --temperature 0 all samples"),
+        (["{adapter}", "--prompt", "x", "--system", "y"], 2, "rows, on which the model was tuned"),
+        (["{adapter}", "--prompt", "What " * 300], 2, "tokens fills the model's window of 256"),
         (["{adapter}", "--prompts-file", "none.txt"], 1, "none.txt: No such file"),
         (["{adapter}", "--prompt", " "], 2, "there is no prompt"),
-        (["{adapter}", "--prompt", "x", "--model", "./none"], 1, "model ./none: there is no such"),
+        (["{adapter}", "--prompt", "x", "--model", "./none"], 1, "./none: there is no such folder"),
     ],
 )
-def test_what_goes_wrong_is_one_line(adapter, tmp_path, capsys, flags, status, complaint):
-    argv = [flag.format(tmp=tmp_path, adapter=adapter) for flag in flags]
+def test_what_goes_wrong_is_one_line(tiny, adapter, tmp_path, capsys, flags, status, complaint):
+    argv = [flag.format(tmp=tmp_path, adapter=adapter, tiny=tiny) for flag in flags]
     assert main(["generate", *argv]) == status
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("depthmix: error: ")
-    assert complaint in line
+    assert complaint.format(tiny=tiny) in line
 
 
-def chat(monkeypatch, adapter, said, *flags):
-    monkeypatch.setattr("sys.stdin", io.StringIO(said))
-    return main(["chat", adapter, *flags])
+def generated(capsys, *argv):
+    assert main(["generate", *argv, "--json", "--max-new-tokens", "6"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
-def test_chat_keeps_and_forgets_the_conversation(adapter, prompt_seen, monkeypatch, capsys):
-    said = "Hi\n\nMore\n/reset\nNew\n/exit\nnever read\n"
-    assert chat(monkeypatch, adapter, said, "--system", "Be brief.") == 0
-    opening = "<|system|>Be brief.<|end|><|user|>"
-    assert prompt_seen == [
-        f"{opening}Hi<|end|><|assistant|>",
-        f"{opening}Hi<|end|><|assistant|>four<|end|><|end|><|user|>More<|end|><|assistant|>",
-        f"{opening}New<|end|><|assistant|>",
-    ]
+def test_equal_prompts_are_different_samples(adapter, tmp_path, capsys):
+    """The seed is one of the run: neither of a batch nor of a prompt."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("What\n" * 3)
+    drawn = ["--temperature", "5", "--batch-size", "1"]
+    rows = generated(capsys, adapter, "--prompts-file", str(path), *drawn)
+    assert len({row["completion"] for row in rows}) == 3
+    several = generated(capsys, adapter, "--prompt", "What", "--n", "3", *drawn)
+    assert [row["completion"] for row in several] == [row["completion"] for row in rows]
+    assert [(row["index"], row["sample"]) for row in several] == [(1, 1), (1, 2), (1, 3)]
 
 
-def test_chat_answers_and_ends_at_end_of_file(adapter, monkeypatch, capsys):
-    assert chat(monkeypatch, adapter, "Hi\n", "--max-new-tokens", "4", "--show-routing") == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith("/reset forgets")
-    assert shown.err.count("routing: ") == 1
+def test_a_mark_and_separators_are_part_of_no_line_break(adapter, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\u2028b\x85c\r\n\nd".encode())
+    rows = generated(capsys, adapter, "--prompts-file", str(path))
+    assert [row["prompt"] for row in rows] == ["a\u2028b\x85c", "d"]
 
 
-def test_chat_needs_a_template(tiny, tmp_path, rows, capsys):
-    bare = tmp_path / "bare"
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(bare)
-    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
-    assert main(["chat", str(bare)]) == 2
-    assert "no chat template" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flag", "prompts"), [("--prompt", ["What\nis"]), ("--prompts-file", ["What", "is"])]
+)
+def test_prompts_from_standard_input(adapter, monkeypatch, capsys, flag, prompts):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What\nis")))
+    assert [row["prompt"] for row in generated(capsys, adapter, flag, "-")] == prompts
+
+
+def test_bytes_that_are_no_text_are_named_by_line(adapter, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"good\nb\xffd\n")
+    assert main(["generate", adapter, "--prompts-file", str(path)]) == 1
+    assert f"{path}: line 2: not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_blank_at_the_end_is_told(adapter, capsys):
+    assert main(["generate", adapter, "--prompt", "What ", "--max-new-tokens", "1"]) == 0
+    assert "the prompt ends with a blank" in capsys.readouterr().err
+    assert main(["generate", adapter, "--prompt", "What", "--max-new-tokens", "1"]) == 0
+    assert "blank" not in capsys.readouterr().err
+
+
+def test_a_system_message_goes_into_the_template(adapter, prompt_seen):
+    flags = ["--format", "messages", "--system", "Be brief."]
+    assert main(["generate", adapter, "--prompt", "Add.", *flags]) == 0
+    expected = "<|system|>Be brief.<|end|><|user|>Add.<|end|><|assistant|>"
+    assert prompt_seen == [expected]

@@ -48,9 +48,9 @@ def test_help_needs_no_torch(argv):
         ),
         (["generate", "out", "--prompt", "x", "--top_p", "7"], "--top-p must be in (0, 1]"),
         (["generate", "out", "--prompt", "x", "--top-p", "7"], "--top-p must be in (0, 1]"),
-        (["chat"], "the following arguments are required: ADAPTER"),
+        (["chat"], "the following arguments are required: MODEL"),
         (["chat", "out", "--temperature", "-1"], "--temperature must be >= 0"),
-        (["chat", "out", "--max-new-tokens", "0"], "--max-new-tokens must be >= 1"),
+        (["chat", "out", "--max-new-tokens", "0"], "--max-new-tokens must be an integer >= 1"),
         (["info", "--k", "3"], "the model or the adapter comes first"),
     ],
 )

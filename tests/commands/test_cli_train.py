@@ -173,7 +173,11 @@ def test_other_models_are_not_overwritten(train, tiny, tmp_path, capsys):
     ("flags", "status", "complaint"),
     [
         (["--model_name_or_path", "./none"], 1, "model ./none: there is no such folder"),
-        (["--model_name_or_path", "no/such"], 1, "tokenizer of no/such: cannot be loaded"),
+        (
+            ["--model_name_or_path", "no/such"],
+            1,
+            "model no/such: there is no such folder, and no such model",
+        ),
         (["--dataset", "none.jsonl"], 1, "none.jsonl: No such file or directory"),
         (["--k", "9"], 1, "k = 9, but LlamaForCausalLM has 4 layers"),
         (["--lora_target_modules", "nothing"], 2, "method lora: No modules were targeted"),

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -306,10 +305,6 @@ def test_numbers_of_any_kind_are_in_range_or_refused(training, name, text):
 
 # --- the other commands
 
-# generate, chat and eval check their values with the saved runs that are to come.
-READS_VALUES = find_spec("depthmix.commands.model_options") is not None
-of_saved_runs = pytest.mark.skipif(not READS_VALUES, reason="values are not checked yet")
-
 
 @pytest.fixture(scope="module")
 def tuned(tiny, rows, tmp_path_factory):
@@ -370,7 +365,6 @@ def right(tiny, rows, tuned, tmp_path):
     }
 
 
-@of_saved_runs
 @pytest.mark.parametrize(
     ("command", "option"), [(c, o) for c, found in INTEGERS.items() for o in found]
 )
@@ -396,7 +390,6 @@ def option_strings(command):
 OTHERS = sorted(set(COMMANDS) - {"train"})
 
 
-@of_saved_runs
 @pytest.mark.parametrize("command", OTHERS)
 def test_misspelt_options_of_other_commands(command, right, refused):
     for option in option_strings(command):
@@ -475,7 +468,6 @@ MISSING = {
 }
 
 
-@of_saved_runs
 @pytest.mark.parametrize(
     "argv", [argv for group in MISSING.values() for argv in group], ids=lambda a: " ".join(a)[:50]
 )
@@ -498,7 +490,6 @@ TORN = [
 ]
 
 
-@of_saved_runs
 @pytest.mark.parametrize(("command", "name"), TORN)
 def test_torn_files_of_a_tuned_model(command, name, right, tuned, refused, tmp_path):
     shutil.copytree(tuned / "out", tmp_path / "torn")

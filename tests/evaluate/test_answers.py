@@ -52,3 +52,45 @@ def test_first_label_is_compared(reply, right):
 )
 def test_letter_is_not_just_the_first_capital(reply, right):
     assert letter_is_right(reply, "C", list("ABCDE")) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is .5", 0.5),
+        ("-.5", -0.5),
+        ("x = \u22125", -5),  # a minus sign
+        ("x = \u20135", -5),  # a dash, as telephones write it
+        ("-$5", -5),
+        ("$-5", -5),
+        ("it costs $29.00.", 29),
+        ("€1,234.50", 1234.5),
+        ("10-5=5", 5),
+        ("10-5", 5),
+        ("10 - 5", 5),
+        ("(-3)", -3),
+        ("1/2", 0.5),
+        ("1 \u2044 2", 0.5),
+        ("-1/2", -0.5),
+        ("2 1/2", 2.5),
+        ("12/25/2024", 2024),
+        ("5/0", 0),
+        ("1.5e-3", 0.0015),
+        ("3,4", 4),
+        ("1,2345", 2345),
+        ("about 5.", 5),
+        ("*-4*", -4),
+        ("3/4 of 8 = 6", 6),
+        ("9" * 5000, float("inf")),
+        ("none", None),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text, number):
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize("answer", ["50", "0.5"])
+@pytest.mark.parametrize("reply", ["50 %", "50%", "50.0 % of them"])
+def test_a_percentage_is_a_number_and_a_share(reply, answer):
+    assert number_is_right(reply, answer)
+    assert not number_is_right("5 %", answer)

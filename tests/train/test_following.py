@@ -222,7 +222,7 @@ class Sent:
 
 RESULT = {
     *("adapter_config.json", "adapter_model.safetensors", "depthmix.yaml", "README.md"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "depthmix_run.json"),
 }
 
 

@@ -134,6 +134,17 @@ def test_what_does_not_change_what_is_learned_is_accepted(train, stopped, tmp_pa
     assert [entry["step"] for entry in state["log_history"]] == [1, 2, 3]
 
 
+def test_rows_that_have_changed_are_refused(train, stopped, rows, tmp_path, capsys):
+    """The file has the same name and other rows."""
+    path = tmp_path / "mine.jsonl"
+    shutil.copy(rows, path)
+    stopped(f"--dataset={path}")
+    path.write_text(path.read_text().replace("What is 3", "What is 30"))
+    capsys.readouterr()
+    assert train(*SURE, f"--dataset={path}", "--resume") == 2
+    assert "--resume: dataset: its rows are others than those of the run in" in error(capsys)
+
+
 def test_more_steps_are_accepted_where_the_learning_rate_is_constant(train, stopped, tmp_path):
     constant = ["--lr_scheduler_type", "constant"]
     stopped(*constant)

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.parser import (
     Parser,
     file,
@@ -45,7 +46,9 @@ def run(argv: Sequence[str]) -> int:
     if arguments.plot:
         require_matplotlib("--plot")
     from depthmix.bench.report import plot, print_ratios, require_markers, write_table
+    from depthmix.pretrained import require_no_adapter
 
+    require_no_adapter(SavedRun.find(arguments.model))
     if arguments.table:
         if "step" not in arguments.parts:
             raise ConfigError("--table is of part step")

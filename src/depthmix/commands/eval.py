@@ -12,16 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.parser import Parser
-from depthmix.errors import ConfigError
+from depthmix.carry.saved_run import SavedRun
+from depthmix.commands.model_options import add_model_options, find_run, loading
+from depthmix.commands.parser import Parser, integer
+from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
-from depthmix.pretrained import (
-    is_saved,
-    load_base_for_use,
-    load_tuned,
-    trained_on,
-    weight_files,
-)
+from depthmix.inference.form import Form, require_chat_template
 
 if TYPE_CHECKING:
     from depthmix.evaluate.tasks import LocalTask
@@ -47,15 +43,23 @@ def run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if find_spec("lm_eval") is None:
         raise ConfigError("depthmix eval needs lm-eval: pip install 'depthmix[eval]'")
-    template = _template(arguments)
-    tasks = [_task(text, template, arguments.train_data) for text in arguments.tasks]
+    _require_distinct(arguments.tasks)
+    saved = find_run(arguments.target, arguments.revision)
+    form = Form.of(saved)
+    template = arguments.template or _template(saved, form)
+    tasks = [_task(text, template, arguments) for text in arguments.tasks]
     from transformers.utils import logging
 
     from depthmix.evaluate.harness import evaluate
+    from depthmix.evaluate.tasks import CHAT_NAME
+    from depthmix.inference.loading import load_for_use
 
-    load = load_tuned if is_saved(arguments.target) else load_base_for_use
     logging.disable_progress_bar()
-    model, tokenizer = load(arguments.target, arguments.model)
+    chat = template == CHAT_NAME
+    asked = Form("messages") if chat else form
+    model, tokenizer = load_for_use(saved, asked, arguments.model, loading(arguments))
+    if chat:
+        require_chat_template(tokenizer)
     figures, samples = evaluate(
         model,
         tokenizer,
@@ -64,9 +68,13 @@ def run(argv: Sequence[str]) -> int:
         limit=arguments.limit,
         scoring=arguments.scoring,
         max_new_tokens=arguments.max_new_tokens,
-        cache=_cache(arguments) if arguments.output else None,
+        cache=_cache(saved, arguments) if arguments.output else None,
+        chat=chat,
     )
-    _print(figures)
+    if arguments.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        _print(figures)
     if arguments.output:
         _write(Path(arguments.output), arguments, figures, samples)
     return 0
@@ -75,30 +83,57 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("eval", "Score a model with lm-eval.", _EXAMPLES)
     add = parser.add_argument
-    add("target", metavar="TARGET", help="base model, or output folder of `depthmix train`")
-    add("--tasks", nargs="+", required=True, metavar="TASK", help="what to score on")
-    add("--model", metavar="NAME", help="base model (default: the one that the adapter names)")
-    add("--train-data", nargs="+", metavar="FILE", help="find test questions that stand in there")
-    add("--template", choices=["alpaca", "question"], help="prompts (default: as in training)")
+    add_model_options(parser)
+    add(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="TASK",
+        help="what to score on",
+    )
+    add(
+        "--train-data",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="find test questions that stand in there",
+    )
+    add(
+        "--template",
+        choices=["alpaca", "question", "chat"],
+        help="prompts (default: as in training); chat: the tokenizer's chat template",
+    )
     add("--scoring", choices=["generate", "likelihood"], default="generate", help="of local files")
-    add("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
-    add("--limit", type=int, help="questions of each task (default: all)")
-    add("--max-new-tokens", type=int, default=128, help="of a reply (default: 128)")
+    add("--batch-size", type=integer(1), default=8, help="questions at a time (default: 8)")
+    add("--limit", type=integer(1), help="questions of each task (default: all)")
+    add("--max-new-tokens", type=integer(1), default=128, help="of a reply (default: 128)")
+    add("--json", action="store_true", help="print the figures as JSON")
     add("--output", metavar="FOLDER", help="write figures and every reply there")
     return parser
 
 
-def _template(arguments: argparse.Namespace) -> str | None:
-    """Return the template asked for, or the one that the target was tuned with."""
-    if arguments.template or not is_saved(arguments.target):
-        return arguments.template  # type: ignore[no-any-return]
+def _require_distinct(tasks: Sequence[str]) -> None:
+    """Refuse a task that is named twice: the figures of one would replace those of the other."""
+    from depthmix.data.gym import is_gym
+
+    names = [text if is_gym(text) else text.partition("=")[0] for text in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--tasks: {name} is named {names.count(name)} times: one run each")
+
+
+def _template(saved: SavedRun, form: Form) -> str | None:
+    """Return the template that the model was tuned with, if it was."""
     from depthmix.data.formats import FORMATS
+    from depthmix.evaluate.tasks import CHAT_NAME
 
-    row_format, template = trained_on(arguments.target)
-    return template or FORMATS[row_format].template
+    if form.is_chat:
+        return CHAT_NAME
+    return form.template or FORMATS[form.row_format].template
 
 
-def _task(text: str, template: str | None, train_data: list[str] | None) -> LocalTask | str:
+def _task(text: str, template: str | None, arguments: argparse.Namespace) -> LocalTask | str:
     """Return a local task, or the name of lm-eval's own."""
     from depthmix.data.gym import is_gym
     from depthmix.evaluate.tasks import known_tasks, local_task
@@ -107,21 +142,35 @@ def _task(text: str, template: str | None, train_data: list[str] | None) -> Loca
     if is_gym(text):
         return local_task(text, text, template, None)
     if source:
-        task = local_task(name, source, template, train_data)
-        if train_data:
+        task = local_task(name, source, template, arguments.train_data)
+        if arguments.train_data:
             shared = sum(not document["clean"] for document in task.documents)
-            print(f"{name}: {shared} of {len(task.documents)} questions stand in the training data")
+            found = f"{shared} of {len(task.documents)} questions stand in the training data"
+            print(f"{name}: {found}", file=_aside(arguments))
         return task
     known = known_tasks().get(name)
     if known is not None and known.harness is None:
         raise ConfigError(f"task {name}: lm-eval has no such task; give a file: {name}=FILE")
-    return name if known is None or known.harness is None else known.harness
+    return known.harness if known and known.harness else _of_harness(name)
 
 
-def _cache(arguments: argparse.Namespace) -> Path:
-    """Return a file that belongs to this target as it is now."""
-    stamps = [[path.name, path.stat().st_mtime_ns] for path in weight_files(arguments.target)]
-    identity = json.dumps([arguments.target, arguments.model, stamps])
+def _of_harness(name: str) -> str:
+    """Return the name of a task of lm-eval's, once it is known to be one."""
+    from depthmix.evaluate.harness import harness_tasks
+    from depthmix.evaluate.tasks import known_tasks
+
+    names = {*harness_tasks(), *known_tasks()}
+    if name in names:
+        return name
+    raise ConfigError(
+        f"task {name}: neither lm-eval nor depthmix has such a task{nearest(name, names)}"
+    )
+
+
+def _cache(saved: SavedRun, arguments: argparse.Namespace) -> Path:
+    """Return a file that belongs to these weights, loaded like this."""
+    weights = saved.digest(arguments.model, arguments.revision)
+    identity = json.dumps([weights, arguments.dtype, arguments.load_in_4bit])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Path(arguments.output) / "cache" / f"{digest}.jsonl"
 
@@ -159,4 +208,9 @@ def _write(
     write_text(
         folder / "results.json", json.dumps({"results": figures, "made_by": made_by}, indent=1)
     )
-    print(f"figures and replies: {folder}")
+    print(f"figures and replies: {folder}", file=_aside(arguments))
+
+
+def _aside(arguments: argparse.Namespace) -> Any:
+    """Return where to print what is no figure: beside the JSON, if there is any."""
+    return sys.stderr if arguments.json else sys.stdout

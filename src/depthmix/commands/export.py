@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from depthmix.carry.saved_run import Holds
+from depthmix.commands.model_options import add_model_options, find_run, loading
 from depthmix.commands.parser import Parser
 from depthmix.errors import CheckpointError
-from depthmix.pretrained import has_mode, load_tuned
 
 _EXAMPLES = """\
 examples:
@@ -23,11 +24,16 @@ llama.cpp, TensorRT-LLM) cannot serve the folder; see docs/export.md.
 def run(argv: Sequence[str]) -> int:
     """Load, merge and write."""
     arguments = _parser().parse_args(argv)
-    if Path(arguments.adapter).is_dir() and not has_mode(arguments.adapter):
-        raise CheckpointError(f"{arguments.adapter}: holds no MoDE")
-    model, tokenizer = load_tuned(arguments.adapter, arguments.model)
+    saved = find_run(arguments.target, arguments.revision)
+    if saved.holds is Holds.EXPORT:
+        raise CheckpointError(f"{saved.name}: is an export already")
+    if not saved.has_mode:
+        raise CheckpointError(f"{saved.name}: holds no MoDE")
     from depthmix.export.folder import export_model
+    from depthmix.inference.form import Form
+    from depthmix.inference.loading import load_for_use
 
+    model, tokenizer = load_for_use(saved, Form.of(saved), arguments.model, loading(arguments))
     export_model(model, tokenizer, Path(arguments.out))
     print(
         f"exported to {arguments.out}; load it with "
@@ -38,7 +44,6 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("export", "Write a folder that transformers loads without depthmix.", _EXAMPLES)
-    parser.add_argument("adapter", metavar="ADAPTER", help="output folder of `depthmix train`")
+    add_model_options(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
-    parser.add_argument("--model", metavar="NAME", help="base model, if not the one it names")
     return parser

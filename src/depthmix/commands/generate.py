@@ -1,18 +1,27 @@
-"""`depthmix generate`: complete prompts with a tuned model."""
+"""`depthmix generate`: complete prompts with a model."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.commands.parser import Parser
-from depthmix.data.formats import FORMATS, conversational, prompt_for
-from depthmix.errors import ConfigError
-from depthmix.pretrained import has_mode, load_tuned, trained_on
+from depthmix.commands.model_options import (
+    add_model_options,
+    add_sampling_options,
+    find_run,
+    loading,
+    require_routing,
+    showing_routing,
+)
+from depthmix.commands.parser import Parser, integer
+from depthmix.data.formats import FORMATS
+from depthmix.errors import ConfigError, DataError
+from depthmix.inference.complete import complete
+from depthmix.inference.form import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,37 +29,54 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   depthmix generate out --prompt "What is 7 + 3?"
-  depthmix generate out --prompts-file questions.txt --max-new-tokens 64 > answers.txt
-  depthmix generate out --prompt "Once upon" --format text --temperature 0.8 --seed 1
+  depthmix generate out --prompts-file questions.txt --json > answers.jsonl
+  git diff | depthmix generate out --prompt - --system "Write a commit message."
+  depthmix generate out --prompt "Once upon" --format text --temperature 0.8 --n 3 --seed 1
+
+Prompts take the form of the rows that the model was tuned on, and end where those rows ended.
 """
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = _parser().parse_args(argv)
-    check_sampling(arguments)
+    if arguments.n > 1 and arguments.temperature == 0:
+        raise ConfigError("--n: at --temperature 0 all samples are the same; try 0.7")
     prompts = _prompts(arguments)
-    model, tokenizer = load_tuned(arguments.adapter, arguments.model)
-    row_format, template = trained_on(arguments.adapter)
-    if arguments.format:
-        row_format, template = arguments.format, None
-    encoded = [_encoded(prompt, row_format, template, tokenizer) for prompt in prompts]
-    with showing_routing(arguments, model):
-        if len(encoded) == 1:
-            complete(model, tokenizer, encoded, arguments, stream=True)
+    saved = find_run(arguments.target, arguments.revision)
+    if arguments.show_routing:
+        require_routing(saved)
+    form = Form.of(saved, arguments.format)
+    form.require_takes(arguments.system)
+    from transformers import set_seed
+
+    from depthmix.inference.loading import load_for_use
+
+    model, tokenizer = load_for_use(saved, form, arguments.model, loading(arguments))
+    encoded = [form.encode(prompt, tokenizer, arguments.system) for prompt in prompts]
+    _tell_of_blanks(prompts, form)
+    if not (saved.record.row_format or arguments.format) and tokenizer.chat_template:
+        note = "there is no record of how it was tuned: asked in plain text; or --format messages"
+        print(f"note: {saved.name}: {note}", file=sys.stderr)
+    set_seed(arguments.seed)  # once: equal prompts are different samples
+    with showing_routing(model, arguments.show_routing):
+        if len(encoded) == arguments.n == 1 and not arguments.json:
+            complete(model, tokenizer, encoded, arguments, said=_say)
+            print()
         else:
-            _complete_all(model, tokenizer, encoded, arguments)
+            for sample in _samples(model, tokenizer, prompts, encoded, arguments):
+                print(_shown(sample, arguments), flush=True)
     return 0
 
 
 def _parser() -> Parser:
-    usage = "ADAPTER (--prompt TEXT | --prompts-file FILE) [options]"
+    usage = "MODEL (--prompt TEXT | --prompts-file FILE) [options]"
     parser = Parser("generate", "Complete prompts with a tuned model.", _EXAMPLES, usage)
     add_model_options(parser)
     group = parser.add_argument_group("prompts")
     one = group.add_mutually_exclusive_group(required=True)
-    one.add_argument("--prompt", metavar="TEXT", help="the text to complete, streamed")
-    one.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
+    one.add_argument("--prompt", metavar="TEXT", help="what to complete; -: all of standard input")
+    one.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; -: standard input")
     group.add_argument(
         "--format",
         choices=list(FORMATS),
@@ -58,158 +84,86 @@ def _parser() -> Parser:
         help="put the prompt into the form of such rows (default: of those in the training data): "
         + ", ".join(FORMATS),
     )
+    group.add_argument("--system", metavar="TEXT", help="system message, for models of messages")
     group.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: 8)"
+        "--n", type=integer(1), default=1, metavar="N", help="samples of each prompt (default: 1)"
     )
-    add_generation_options(parser)
+    group.add_argument(
+        "--batch-size", type=integer(1), default=8, metavar="N", help="at once (default: 8)"
+    )
+    group.add_argument("--json", action="store_true", help="a line of JSON for each sample")
+    add_sampling_options(parser)
     return parser
 
 
-def add_model_options(parser: Parser) -> None:
-    """Add the arguments that name the model."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="output folder of `depthmix train`")
-    parser.add_argument(
-        "--model", metavar="BASE", help="base model (default: the one the adapter names)"
-    )
+Sample = dict[str, Any]
 
 
-def add_generation_options(parser: Parser) -> None:
-    """Add the arguments of sampling."""
-    group = parser.add_argument_group("generation")
-    group.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="length limit (default: 256)"
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0: always the likeliest token (default: 0)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest tokens of this total probability (default: 1)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    group.add_argument(
-        "--show-routing", action="store_true", help="print the mean weight of each late layer"
-    )
-
-
-def check_sampling(arguments: argparse.Namespace) -> None:
-    """Refuse values out of range, before anything is loaded."""
-    if arguments.temperature < 0:
-        raise ConfigError("--temperature must be >= 0")
-    if not 0 < arguments.top_p <= 1:
-        raise ConfigError("--top-p must be in (0, 1]")
-    if arguments.max_new_tokens < 1:
-        raise ConfigError("--max-new-tokens must be >= 1")
-    if arguments.show_routing and not has_mode(arguments.adapter):
-        raise ConfigError(f"--show-routing: {arguments.adapter} holds no MoDE")
-
-
-def complete(
+def _samples(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
     arguments: argparse.Namespace,
-    stream: bool = False,
-) -> list[str]:
-    """Return the completions of encoded prompts.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        prompts: what to complete; several are padded on the left.
-        arguments: the generation options.
-        stream: print the tokens as they come; for one prompt.
-    """
-    from transformers import TextStreamer, set_seed
-
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    set_seed(arguments.seed)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=arguments.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer if stream else None,
-        **_sampling(arguments),
-    )
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    return list(tokenizer.batch_decode(new_tokens, skip_special_tokens=True))
+) -> Iterator[Sample]:
+    """Complete every prompt n times, a batch at a time."""
+    wanted = [(place, copy) for place in range(len(prompts)) for copy in range(arguments.n)]
+    for start in range(0, len(wanted), arguments.batch_size):
+        batch = wanted[start : start + arguments.batch_size]
+        ids = [encoded[place] for place, _ in batch]
+        texts = complete(model, tokenizer, ids, arguments)
+        for (place, copy), text in zip(batch, texts, strict=True):
+            yield {
+                "index": place + 1,
+                "sample": copy + 1,
+                "prompt": prompts[place],
+                "completion": text,
+            }
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return all sampling options: what a model's own generation config says does not mix in."""
-    if arguments.temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
-        "do_sample": True,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "top_k": 0,
-    }
+def _shown(sample: Sample, arguments: argparse.Namespace) -> str:
+    if arguments.json:
+        return json.dumps(sample, ensure_ascii=False)
+    number = f"{sample['index']}.{sample['sample']}" if arguments.n > 1 else sample["index"]
+    return f"[{number}] {sample['completion'].strip()}"
 
 
-@contextmanager
-def showing_routing(arguments: argparse.Namespace, model: Any) -> Iterator[None]:
-    """Print the mean weight of each late layer over the block, if that was asked for."""
-    import depthmix
-
-    if not arguments.show_routing:
-        yield
-        return
-    with depthmix.routing(model) as record:
-        yield
-    weights = zip(record.layers, record.mean().tolist(), strict=True)
-    listed = ", ".join(f"layer {layer}: {weight:.3f}" for layer, weight in weights)
-    print(f"routing: {listed}", file=sys.stderr)
-
-
-def _complete_all(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    arguments: argparse.Namespace,
-) -> None:
-    for start in range(0, len(prompts), arguments.batch_size):
-        batch = prompts[start : start + arguments.batch_size]
-        for number, text in enumerate(complete(model, tokenizer, batch, arguments), start + 1):
-            print(f"[{number}] {text.strip()}", flush=True)
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if arguments.prompt is not None:
+    if arguments.prompt == "-":
+        prompts = [_text_of("-")]
+    elif arguments.prompt is not None:
         prompts = [arguments.prompt]
     else:
-        lines = Path(arguments.prompts_file).read_text("utf-8").splitlines()
+        # By line breaks alone: U+2028 and the like are part of a prompt.
+        lines = (line.removesuffix("\r") for line in _text_of(arguments.prompts_file).split("\n"))
         prompts = [line for line in lines if line.strip()]
     if not any(prompt.strip() for prompt in prompts):
         raise ConfigError("there is no prompt")
     return prompts
 
 
-def _encoded(
-    prompt: str, row_format: str, template: str | None, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return the token ids that a training row with this prompt begins with."""
-    if conversational(row_format):
-        return encode_chat([{"role": "user", "content": prompt}], tokenizer)
-    encoded: Any = tokenizer(prompt_for(prompt, row_format, template))
-    return list(encoded["input_ids"])
+def _text_of(name: str) -> str:
+    """Return what a file holds, or standard input, without a byte-order mark."""
+    source = "standard input" if name == "-" else name
+    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{source}: line {line}: not UTF-8 text") from error
 
 
-def encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return a conversation in the tokenizer's chat template, open for the assistant."""
-    if tokenizer.chat_template is None:
-        raise ConfigError("the tokenizer has no chat template; use `depthmix generate` with text")
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+def _tell_of_blanks(prompts: Sequence[str], form: Form) -> None:
+    """Say where a prompt ends with a blank, which in running text belongs to the next word."""
+    ending = sum(prompt != prompt.rstrip(" \t") for prompt in prompts)
+    if ending and not (form.is_chat or form.is_question):
+        which = "the prompt ends" if len(prompts) == 1 else f"{ending} prompts end"
+        print(
+            f"note: {which} with a blank, which most tokenizers join with the word behind it: "
+            "completions are better without it",
+            file=sys.stderr,
+        )

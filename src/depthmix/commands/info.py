@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depthmix.carry.saved_run import Holds, SavedRun
+from depthmix.commands.model_options import find_run
 from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts, with_defaults
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
-from depthmix.pretrained import base_of, has_mode, is_saved, load_base, load_saved
+from depthmix.pretrained import Loading, load_base, load_saved
 from depthmix.train.arguments import RunOptions, adapter_options, split_own
-from depthmix.train.options import Given, options, read_flags
+from depthmix.train.options import Given, negated, options, read_flags, typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +43,10 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("the model or the adapter comes first: depthmix info MODEL [--key value]")
     given = read_flags(argv[1:])
     as_json = given.pop("json", None) is not None
-    report = _saved(target, given) if is_saved(target) else _planned(target, given)
+    revision = given["revision"].text if "revision" in given else None
+    saved = find_run(target, revision)
+    tuned = saved.holds is not Holds.MODEL or saved.has_mode
+    report = _saved(saved, given) if tuned else _planned(target, given)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -55,6 +60,7 @@ def _print_help() -> None:
     texts = {
         "output": {"json": "Print JSON."},
         "of an adapter": {"model": "Base model. Default: the one the adapter names."},
+        "loading (default: as in training)": _LOADING_HELP,
         "of a model, what would be trained": {
             **option_texts(RunOptions, _METHOD),
             **with_defaults(LORA_HELP),
@@ -69,38 +75,64 @@ def _planned(name: str, given: dict[str, Given]) -> dict[str, Any]:
     """Describe what training with these options would put on a base model."""
     from depthmix.train.methods import tune
 
+    loading, given = _loading(given)
     run, mode, rest = split_own(given)
     for option in set(options(RunOptions)) - set(_METHOD):
         if option in given:
             raise ConfigError(f"{given[option].place}: has no meaning for depthmix info")
-    model = tune(load_base(name), run, mode, adapter_options(rest))
+    model = tune(load_base(name, **loading.options()), run, mode, adapter_options(rest))
     what = {"model": name, "method": run.method, "with_mode": run.mode}
     size = None if run.method == "full" else _size_when_saved(model)
-    return _report(what, model, mode if run.mode else None, size)
+    return _report(what, model, mode.to_dict() if run.mode else None, size)
 
 
-def _saved(folder: str, given: dict[str, Given]) -> dict[str, Any]:
-    """Describe a folder that `depthmix train` has written."""
+def _saved(saved: SavedRun, given: dict[str, Given]) -> dict[str, Any]:
+    """Describe what `depthmix train` or `export` has written."""
+    loading, given = _loading(given)
     surplus = [name for name in given if name != "model"]
     if surplus:
-        raise ConfigError(f"{given[surplus[0]].place}: {folder} is saved already; it has its own")
-    base = str(given["model"].text) if given else base_of(folder)
-    model = load_saved(folder, base, is_trainable=True)
-    mode = _mode_config(model) if has_mode(folder) else None
-    what = {"model": base, "adapter": folder, "with_mode": mode is not None}
-    return _report(what, model, mode, _weight_bytes(folder))
+        place = given[surplus[0]].place
+        raise ConfigError(f"{place}: {saved.name} is saved already; it has its own")
+    base = str(given["model"].text) if given else None
+    model = load_saved(saved, base, loading, is_trainable=True)
+    what = {"model": base or saved.base, "with_mode": saved.has_mode}
+    if saved.holds is Holds.ADAPTER:
+        what["adapter"] = saved.name
+    mode = _mode_config(model) if saved.has_mode else None
+    return _report(what, model, mode, sum(path.stat().st_size for path in saved.weight_files))
 
 
-def _mode_config(model: Any) -> MoDEConfig:
+_LOADING_HELP = {
+    "revision": "Of the base model on the hub.",
+    "trust_remote_code": "Run modelling code that comes with the weights.",
+    "dtype": "Of the weights.",
+    "load_in_4bit": "Quantise the base model while loading (needs bitsandbytes).",
+}
+
+
+def _loading(given: dict[str, Given]) -> tuple[Loading, dict[str, Given]]:
+    """Return what is said of loading, and the other options."""
+    known = {name: option for name, option in options(Loading).items() if name in _LOADING_HELP}
+    given = negated(known, given)
+    rest = {name: value for name, value in given.items() if name not in known}
+    return Loading(**typed(known, given)), rest
+
+
+def _mode_config(model: Any) -> dict[str, Any]:
+    """Return the configuration of MoDE; of an export, what its own code reads."""
+    from depthmix.model.active import host_of
     from depthmix.model.runtime import runtime_of
 
+    exported = getattr(host_of(model).config, "depthmix", None)
+    if exported is not None:
+        return {name: value for name, value in exported.items() if name != "parameters"}
     mixture = runtime_of(model).mixture()
     assert mixture is not None
-    return mixture.config
+    return mixture.config.to_dict()
 
 
 def _report(
-    what: dict[str, Any], model: nn.Module, mode: MoDEConfig | None, size: int | None
+    what: dict[str, Any], model: nn.Module, mode: dict[str, Any] | None, size: int | None
 ) -> dict[str, Any]:
     parts = _trainable_parts(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -114,7 +146,7 @@ def _report(
             "parts": parts,
         },
         "saved_bytes": size,
-        "config": None if mode is None else mode.to_dict(),
+        "config": mode,
     }
 
 

@@ -1,5 +1,6 @@
-"""The former place of `depthmix.pretrained`, for code that imports from here."""
+"""The former place of loading, for code that imports from here."""
 
-from depthmix.pretrained import load_base, load_saved, load_tokenizer, load_tuned
+from depthmix.inference.loading import load_tuned
+from depthmix.pretrained import load_base, load_saved, load_tokenizer
 
 __all__ = ["load_base", "load_saved", "load_tokenizer", "load_tuned"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.parser import Parser, integer, name_or_folder, number
 from depthmix.errors import ConfigError
 
@@ -87,7 +88,9 @@ def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[st
     from depthmix.config import MoDEConfig
     from depthmix.plan.memory import METHODS, Batch, bill
     from depthmix.plan.trunk import TUNINGS, Step, count_trunk
+    from depthmix.pretrained import require_no_adapter
 
+    require_no_adapter(SavedRun.find(arguments.model))
     try:
         config = AutoConfig.from_pretrained(arguments.model)
     except (OSError, ValueError) as error:

@@ -12,11 +12,13 @@ import yaml
 from tqdm import tqdm
 
 import depthmix
+from depthmix.carry.saved_run import SavedRun
 from depthmix.compare.experiment import Experiment
 from depthmix.compare.rows import TaskRows, digest, load_rows
 from depthmix.compare.spread import LOG
 from depthmix.errors import ConfigError
-from depthmix.files import weights_digest, write_text
+from depthmix.files import write_text
+from depthmix.pretrained import require_no_adapter
 from depthmix.train.arguments import resolve
 from depthmix.train.checks import require_possible
 from depthmix.train.options import Given
@@ -85,13 +87,11 @@ def _require_method(experiment: Experiment, method: str) -> None:
         raise ConfigError(f"{place}: {error}") from None
 
 
-def _model_digest(name: str) -> str:
-    """Return what a model is known by: its weights, or on the hub its name."""
-    return weights_digest(Path(name)) if Path(name).is_dir() else name
-
-
 def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
-    model, version = _model_digest(experiment.model_name_or_path), depthmix.__version__
+    version = depthmix.__version__
+    base = SavedRun.find(experiment.model_name_or_path)
+    require_no_adapter(base)
+    model = base.digest()
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
@@ -103,12 +103,10 @@ def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
                     "dataset_format": "prompt_completion",
                     "seed": seed,
                 }
-                name = (
-                    f"{task}-{method}-{seed}-{digest([version, model, options, training, scored])}"
-                )
-                folder = Path(experiment.output_dir) / "runs" / name
-                run = {**options, "model_name_or_path": experiment.model_name_or_path}
-                _write(folder, run, training, scored)
+                identity = digest([version, model, options, training, scored])
+                folder = Path(experiment.output_dir) / "runs" / f"{task}-{method}-{seed}-{identity}"
+                named = {"model_name_or_path": experiment.model_name_or_path, **options}
+                _write(folder, named, training, scored)
                 yield Cell(task, method, seed, folder)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetNotFoundError
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from torch import nn
+from lm_eval.tasks import TaskManager
+from torch import Tensor, nn
 
+from depthmix.errors import DataError
 from depthmix.evaluate.replies import ReplyFile, ReplyingLM
 from depthmix.evaluate.tasks import CLEAN, LocalTask, Scoring, harness_config
+from depthmix.inference.form import appends_eos
 
 Results = dict[str, Any]
 
@@ -28,6 +33,7 @@ def evaluate(
     scoring: Scoring = "generate",
     max_new_tokens: int = 128,
     cache: Path | None = None,
+    chat: bool = False,
 ) -> tuple[dict[str, Results], dict[str, list[Results]]]:
     """Score a model, MoDE attached or not.
 
@@ -41,6 +47,7 @@ def evaluate(
         max_new_tokens: length of a reply at most.
         cache: file for the replies so far (JSON lines); a run that was stopped goes on from it. It
             belongs to one model.
+        chat: put every question into the tokenizer's chat template, as a user's message.
 
     Returns:
         Figures by task, each with its standard error, and every document with its reply by task.
@@ -50,19 +57,31 @@ def evaluate(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = next(model.parameters()).device
-    lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
-    found: Any = simple_evaluate(
-        lm if cache is None else ReplyingLM(lm, ReplyFile(cache)),
-        tasks=[
-            task
-            if isinstance(task, str)
-            else ConfigurableTask(config=harness_config(task, scoring, max_new_tokens))
-            for task in tasks
-        ],
+    lm: Any = _PromptedLM(
+        pretrained=model,
+        tokenizer=tokenizer,
         batch_size=batch_size,
-        limit=limit,
-        bootstrap_iters=1000,
+        device=str(device),
+        # A chat template writes BOS itself, where training had one.
+        add_bos_token=False if chat else None,
     )
+    try:
+        found: Any = simple_evaluate(
+            lm if cache is None else ReplyingLM(lm, ReplyFile(cache)),
+            tasks=[
+                task
+                if isinstance(task, str)
+                else ConfigurableTask(config=harness_config(task, scoring, max_new_tokens))
+                for task in tasks
+            ],
+            batch_size=batch_size,
+            limit=limit,
+            bootstrap_iters=1000,
+            apply_chat_template=chat,
+            task_manager=_task_manager(any(isinstance(task, str) for task in tasks)),
+        )
+    except (OSError, DatasetNotFoundError) as error:  # of lm-eval's own tasks: data on the hub
+        raise DataError(f"the data of a task cannot be loaded: {error}") from error
     figures = {
         name: {
             key.partition(",")[0]: value
@@ -77,11 +96,42 @@ def evaluate(
     return figures, samples
 
 
+def harness_tasks() -> Iterable[str]:
+    """Return the names that lm-eval knows: its tasks, groups and tags."""
+    names: Iterable[str] = _task_manager(True).all_tasks
+    return names
+
+
+@lru_cache
+def _task_manager(with_own: bool) -> TaskManager:
+    """Return lm-eval's finder of tasks, which reads thousands of files for its own."""
+    return TaskManager(include_defaults=with_own)
+
+
+class _PromptedLM(HFLM):  # type: ignore[misc]
+    """lm-eval's model; a tokenizer that ends every text with EOS does not end prompts with it."""
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(string, *args, **options)
+        return ids[:-1] if self._appends_eos and ids[-1:] == [self.eot_token_id] else ids
+
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **options: Any) -> Any:
+        ids: Tensor
+        ids, mask = super().tok_batch_encode(strings, *args, **options)
+        if self._appends_eos and bool((ids[:, -1] == self.eot_token_id).all()):
+            return ids[:, :-1], mask[:, :-1]  # padded on the left, so that all end together
+        return ids, mask
+
+    @property
+    def _appends_eos(self) -> bool:
+        return appends_eos(self.tokenizer)
+
+
 def _kept(sample: Results) -> Results:
     """Return what is worth keeping of a sample: the prompt, the reply, the marks."""
     document = sample["doc"]
     kept = {
-        "prompt": document.get("prompt", sample["arguments"][0][0]),
+        "prompt": sample["arguments"][0][0],
         "answer": str(sample["target"]),
         "replies": sample["resps"][0] if len(sample["resps"]) == 1 else sample["resps"],
     }

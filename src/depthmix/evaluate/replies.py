@@ -15,21 +15,30 @@ from lm_eval.api.model import LM, CachingLM
 class ReplyFile(dict[str, Any]):
     """A mapping that appends every new entry to a file, a line each, and starts from what it holds.
 
-    The last line, if a run was killed while writing it, is left out and written over.
+    A line that is not whole, as where a run was killed, is left out and its reply made anew.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith(b"\n"):
-                key, reply = json.loads(line)
-                super().__setitem__(key, reply)
-                whole += len(line)
-        with path.open("ab") as file:
-            file.truncate(whole)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if self._keep(line)]
+        if len(whole) < len(lines):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(whole))
+            temporary.replace(path)
+
+    def _keep(self, line: bytes) -> bool:
+        """Take over the entry in a line; False if there is none."""
+        try:
+            key, reply = json.loads(line)
+        except (ValueError, TypeError):  # no JSON, or not two values
+            return False
+        if not isinstance(key, str) or not line.endswith(b"\n"):
+            return False
+        super().__setitem__(key, reply)
+        return True
 
     def __setitem__(self, key: str, reply: Any) -> None:
         """Keep a reply, which is text or a list or tuple of numbers."""

@@ -16,13 +16,22 @@ from depthmix.data.gym import is_gym, verify
 from depthmix.data.load import load_questions
 from depthmix.data.overlap import find_overlap
 from depthmix.data.template import TEMPLATES, Template
-from depthmix.errors import ConfigError
-from depthmix.evaluate.answers import label_is_right, letter_is_right, number_is_right
+from depthmix.errors import ConfigError, DataError
+from depthmix.evaluate.answers import (
+    label_is_right,
+    last_number,
+    letter_is_right,
+    number_is_right,
+)
 
 Document = dict[str, Any]
 Scoring = Literal["generate", "likelihood"]
 
 ACCURACY, CLEAN = "accuracy", "clean_accuracy"
+# The name of `CHAT` among the templates.
+CHAT_NAME = "chat"
+# The user's message of a question: the model's own chat template goes around it.
+CHAT = Template(lambda instruction, context: f"{instruction}\n{context}".rstrip("\n"), gap="")
 # Where a reply of a model that does not stop goes on to another question.
 STOPS = ["Question:", "### Instruction", "Below is an instruction"]
 
@@ -31,7 +40,7 @@ STOPS = ["Question:", "### Instruction", "Below is an instruction"]
 class Kind:
     """How the replies of a task are read; see tasks.yaml."""
 
-    answer: Literal["number", "letter", "label"] = "number"
+    answer: Literal["number", "letter", "label", "verified"] = "number"
     labels: list[str] = field(default_factory=list)
     harness: str | None = None
 
@@ -79,7 +88,7 @@ def local_task(
     Args:
         name: key of tasks.yaml; for a generator, its source is the name.
         source: file, folder or `reasoning_gym:...`.
-        template: key of `TEMPLATES`; None for the format's own.
+        template: key of `TEMPLATES`, or chat; None for the format's own.
         train_data: where training questions stand, which are not clean to test on.
 
     Raises:
@@ -91,23 +100,25 @@ def local_task(
         questions, format = load_questions([source])
         # As text: the entries of a generator differ in their fields.
         extra = [{"entry": json.dumps(row["entry"])} for row in rows]
-        kind, is_right = Kind(), partial(_verified, source)
+        kind, is_right = Kind(answer="verified"), partial(_verified, source)
     else:
         kind = known_tasks().get(name) or _unknown(name)
         questions, format = load_questions([source])
         extra, is_right = [{} for _ in questions], partial(_matches, kind)
-    form = TEMPLATES[template] if template else format.template_named(None)
+    form = {**TEMPLATES, CHAT_NAME: CHAT}[template] if template else format.template_named(None)
     shared = [False] * len(questions)
     if train_data:
         shared = list(find_overlap(load_questions(train_data, split="train")[0], questions).shared)
     documents = [
         {
             "prompt": form.prompt(question.instruction, question.context),
-            "answer": question.answer,
+            "answer": _checked(question.answer, kind, f"{source}: question {number}"),
             "clean": not also_trained,
             **more,
         }
-        for question, also_trained, more in zip(questions, shared, extra, strict=True)
+        for number, (question, also_trained, more) in enumerate(
+            zip(questions, shared, extra, strict=True), 1
+        )
     ]
     return LocalTask(name, documents, form, is_right, kind.labels)
 
@@ -183,6 +194,24 @@ def _verified(source: str, reply: str, document: Document) -> bool:
     """Ask the generator's own verifier; the reply ends with its first line."""
     line = reply.strip().split("\n")[0].strip()
     return verify(source, line, json.loads(document["entry"])) == 1.0
+
+
+def _checked(answer: str, kind: Kind, place: str) -> str:
+    """Return the answer as its task writes it: a label in its own letters, whatever the case.
+
+    Raises:
+        DataError: no reply could be right: the answer is no number, or none of the labels.
+    """
+    if kind.labels:
+        written = {label.casefold(): label for label in kind.labels}
+        if answer.casefold() not in written:
+            raise DataError(
+                f"{place}: the answer {answer!r} is none of the labels {', '.join(kind.labels)}"
+            )
+        return written[answer.casefold()]
+    if kind.answer == "number" and last_number(answer) is None:
+        raise DataError(f"{place}: the answer {answer!r} holds no number")
+    return answer
 
 
 def _unknown(name: str) -> Kind:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from depthmix.model.runtime import runtime_of
 
 _TEMPLATE = Path(__file__).with_name("modeling.py.txt")
 _MODULE = "modeling_depthmix"
+_AUTO_MAP = {"AutoModelForCausalLM": f"{_MODULE}.DepthMixForCausalLM"}
 
 
 def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -63,20 +66,37 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         "prior": mixture.router.prior.tolist(),
         "parameters": {name: list(p.shape) for name, p in mixture.named_parameters()},
     }
-    host.config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.DepthMixForCausalLM"}
+    host.config.auto_map = _AUTO_MAP
     staging = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(staging, ignore_errors=True)
     weights = {n: t for n, t in host.state_dict().items() if n != f"{MODULE_NAME}.spec"}
     # By the names they have in memory: those on the hub belong to the class of the base.
     host.save_pretrained(staging, state_dict=weights, save_original_format=False)
-    code = _TEMPLATE.read_text("utf-8").format(
-        base=base.__name__, module=base.__module__, version=depthmix.__version__
-    )
-    (staging / f"{_MODULE}.py").write_text(code, "utf-8")
+    (staging / f"{_MODULE}.py").write_text(_code(base.__name__, base.__module__), "utf-8")
     tokenizer.save_pretrained(staging)
     if folder.exists():
         folder.rmdir()
     staging.replace(folder)
+
+
+def is_own_code(folder: Path) -> bool:
+    """Whether the code in an exported folder is, to the letter, what `export_model` writes.
+
+    Then it can be run without asking: it is code of this very package.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    path = folder / f"{_MODULE}.py"
+    if config.get("auto_map") != _AUTO_MAP or not path.exists():
+        return False
+    found = path.read_text("utf-8", errors="replace")
+    base = re.search(r"^from (transformers\.[\w.]+) import (\w+)$", found, re.MULTILINE)
+    return base is not None and found == _code(base.group(2), base.group(1))
+
+
+def _code(base: str, module: str) -> str:
+    return _TEMPLATE.read_text("utf-8").format(
+        base=base, module=module, version=depthmix.__version__
+    )
 
 
 def _merged(model: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from depthmix.train.checks import (
 )
 from depthmix.train.data import TrainingData, prepare_data, require_rows
 from depthmix.train.data import notes as data_notes
+from depthmix.train.record import require_same_rows, write_record
 
 if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer
@@ -45,9 +46,12 @@ def fit(arguments: TrainArguments) -> SFTTrainer:
         require_known_positions(trainer, _prompt_tokens(arguments))
         notes = [*_without_effect(arguments), *data_notes(data, arguments)]
         _follow(trainer, arguments, hub)
+        if checkpoint is not None:
+            require_same_rows(Path(checkpoint).parent, trainer)
         with caching(arguments, trainer), stopping_on_signals(trainer) as signals:
             if trainer.is_world_process_zero():
                 output.begin(folder, arguments, data.format)
+                write_record(folder, arguments, trainer)
                 print(*notes, sep="\n", end="\n" if notes else "")
             _fit(trainer, checkpoint)
     if signals.received and trainer.state.global_step < trainer.state.max_steps:

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING
 import yaml
 
 import depthmix
+from depthmix.carry import run_record
+from depthmix.carry.saved_run import ADAPTER_CONFIG, MODEL_CONFIG, SavedRun
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.train.arguments import TrainArguments
-from depthmix.train.resume import checkpoints, last_checkpoint, require_same_run, require_state
+from depthmix.train.card import name_base
+from depthmix.train.resume import require_same_run, require_state
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-CONFIG_NAME = "depthmix.yaml"
+CONFIG_NAME = run_record.CONFIG_NAME
 
 # The last files to appear in a finished run, and the sign of one.
-_MODEL_CONFIGS = ("adapter_config.json", "config.json")
+_MODEL_CONFIGS = (ADAPTER_CONFIG, MODEL_CONFIG)
 
 
 def prepare(folder: Path, arguments: TrainArguments) -> str | None:
@@ -77,6 +80,7 @@ def save(folder: Path, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         if (folder / "README.md").exists():
             (staging / "README.md").unlink(missing_ok=True)
+        name_base(folder, str(trainer.model.config.name_or_path))  # type: ignore[union-attr]
         for path in sorted(staging.iterdir(), key=lambda path: path.name in _MODEL_CONFIGS):
             path.replace(folder / path.name)
         staging.rmdir()
@@ -109,16 +113,17 @@ def _require_room(folder: Path, arguments: TrainArguments) -> None:
 
 def _held(folder: Path) -> str | None:
     """Say what a folder holds."""
-    if any((folder / name).exists() for name in _MODEL_CONFIGS):
+    saved = SavedRun(str(folder), folder)
+    if saved.is_finished:
         return "a finished run"
-    return "an unfinished run" if checkpoints(folder) else None
+    return "an unfinished run" if saved.checkpoints else None
 
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run leaves: its checkpoints, its configuration and its weights."""
-    for checkpoint in checkpoints(folder):
+    for checkpoint in SavedRun(str(folder), folder).checkpoints:
         shutil.rmtree(checkpoint)
-    named = [folder / name for name in (CONFIG_NAME, *_MODEL_CONFIGS)]
+    named = [folder / name for name in (CONFIG_NAME, run_record.RECORD_NAME, *_MODEL_CONFIGS)]
     for path in (*named, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
 
@@ -127,7 +132,10 @@ def _resumable(named: Path | None, folder: Path, arguments: TrainArguments) -> P
     """Return the checkpoint to go on from, if it belongs to a run like this one."""
     if named and not (named / "trainer_state.json").exists():
         raise ConfigError(f"resume_from_checkpoint {named}: there is no whole checkpoint")
-    checkpoint = named or last_checkpoint(folder)
+    whole = [named] if named else SavedRun(str(folder), folder).whole_checkpoints
+    if not whole:
+        raise ConfigError(f"--resume: no checkpoint in {folder}; leave out --resume to start anew")
+    checkpoint = whole[-1]
     require_state(checkpoint)
     record = checkpoint.parent / CONFIG_NAME
     if record.exists():

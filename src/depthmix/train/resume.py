@@ -26,24 +26,6 @@ _LENGTH = ("max_steps", "num_train_epochs")
 _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """Return the last checkpoint of a run that is whole.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    # The Trainer writes its state last.
-    whole = [path for path in checkpoints(folder) if (path / "trainer_state.json").exists()]
-    if not whole:
-        raise ConfigError(f"--resume: no checkpoint in {folder}; leave out --resume to start anew")
-    return max(whole, key=lambda path: int(path.name.split("-")[1]))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, whole or not."""
-    return [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-
-
 def require_state(checkpoint: Path) -> None:
     """Refuse a checkpoint of weights alone.
 
