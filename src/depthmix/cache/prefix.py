@@ -1,24 +1,36 @@
-"""The frozen layers below the late ones: whether their output can be cached, and their digest."""
+"""The frozen layers at the bottom of a model: where the cut is, and the digest of what they are."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+import xxhash
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import depthmix
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
+from depthmix.method.mixture import MODULE_NAME
 from depthmix.model.active import host_of
+from depthmix.model.anatomy import Anatomy, first_tensor
 from depthmix.model.discovery import discover
+from depthmix.model.probing import evaluating, run_probe
+from depthmix.model.runtime import RUNTIME_NAME, runtime_of
 
-_SAMPLED = 256  # numbers of each weight that go into the digest
+
+class NothingFrozenError(ConfigError):
+    """The first layer is trained already: there is nothing to cache."""
 
 
 @dataclass(frozen=True)
@@ -28,83 +40,123 @@ class Prefix:
     Attributes:
         host: the model that they are part of.
         layers: the layers, the first one first.
-        width: of their output.
+        above: where the names of what never reaches their output begin.
     """
 
     host: PreTrainedModel
     layers: list[nn.Module]
-    width: int
+    above: tuple[str, ...]
 
-    def digest(self, dtype: torch.dtype) -> str:
-        """Return a digest of all that decides the output: weights, depth, dtype, versions."""
-        found = hashlib.sha256(
-            repr(
-                (
-                    len(self.layers),
-                    dtype,
-                    self.host.config._attn_implementation,
-                    transformers.__version__,
-                    depthmix.__version__,
-                )
-            ).encode()
-        )
-        found.update(repr(self.host.config.to_dict()).encode())
-        for name, tensor in self._tensors().items():
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().numpy().tobytes()
-            found.update(name.encode() + sample)
+    def digest(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Return a digest of all that decides the output: every weight, configuration, versions."""
+        versions = (torch.__version__, transformers.__version__, depthmix.__version__)
+        attention = self.host.config._attn_implementation
+        decided = (len(self.layers), dtype, device.type, attention, versions)
+        found = xxhash.xxh3_128(repr((decided, self.host.config.to_dict())).encode())
+        for name, tensor in self._tensors():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(bytes_of(tensor))
         return found.hexdigest()[:16]
 
-    def _tensors(self) -> dict[str, Tensor]:
-        embeddings: Any = self.host.get_input_embeddings()
-        tensors = {f"embeddings.{n}": t for n, t in embeddings.state_dict().items()}
-        for i, layer in enumerate(self.layers):
-            tensors |= {f"{i}.{name}": t for name, t in layer.state_dict().items()}
-        return tensors
+    def probe(self) -> Any:
+        """Return what the last layer gives for a few tokens."""
+        outputs: list[Any] = []
+        handle = self.layers[-1].register_forward_hook(lambda _m, _a, out: outputs.append(out))
+        try:
+            with evaluating(self.host):
+                run_probe(self.host)
+        finally:
+            handle.remove()
+        if not outputs or first_tensor(outputs[0]) is None:
+            raise ConfigError("the frozen layers give no hidden states")
+        return outputs[0]
+
+    @contextmanager
+    def answering(self, answer: Any) -> Iterator[None]:
+        """Let `answer(layer's place, layer's own forward, ...)` run in place of the forwards."""
+        originals = [layer.forward for layer in self.layers]
+        own = [vars(layer).get("forward") for layer in self.layers]
+        for place, (layer, original) in enumerate(zip(self.layers, originals, strict=True)):
+            layer.forward = partial(answer, place, original)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        tensors = dict(self.host.named_buffers()) | self.host.state_dict()
+        for name, tensor in sorted(tensors.items()):
+            if isinstance(tensor, Tensor) and not name.startswith(self.above):
+                yield name, tensor
 
 
-def frozen_prefix(model: nn.Module, k: int) -> Prefix:
-    """Return the layers below the k late ones.
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the numbers of a tensor as they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def frozen_prefix(model: nn.Module) -> Prefix:
+    """Return the layers below everything that is trained, up to the first one the mixture reads.
 
     Raises:
+        NothingFrozenError: the first layer is trained.
         ConfigError: their output is not the same in every epoch; says why.
         DiscoveryError: the layers were not found.
     """
     host = host_of(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ConfigError("the prompt is trained, which all layers see")
-    anatomy = discover(host, MoDEConfig(k=k))
+    if host.config.is_encoder_decoder:
+        raise ConfigError("it is for models without an encoder")
+    if is_deepspeed_zero3_enabled() or any(isinstance(p, DTensor) for p in host.parameters()):
+        raise ConfigError("it is for whole models, and this one is sharded (FSDP, ZeRO, TP)")
+    anatomy = _anatomy(host)
+    cut = _cut(host, anatomy)
+    above = _above(anatomy, cut)
+    _require_frozen(host, above)
     listed: Any = host.get_submodule(anatomy.layers_path)
-    prefix = list(listed[: anatomy.layer_indices[0]])
-    if not prefix:
-        raise ConfigError("all layers are late layers")
-    late = {id(p) for layer in listed[anatomy.layer_indices[0] :] for p in layer.parameters()}
-    if anatomy.norm_path is not None:
-        late |= {id(p) for p in host.get_submodule(anatomy.norm_path).parameters()}
-    late |= {id(p) for p in _head_parameters(host, anatomy.head_path)}
+    return Prefix(host, list(listed[:cut]), above)
+
+
+def _anatomy(host: PreTrainedModel) -> Anatomy:
+    if RUNTIME_NAME in vars(host):
+        return runtime_of(host).anatomy
+    return discover(host, MoDEConfig(k=1))
+
+
+def _cut(host: PreTrainedModel, anatomy: Anatomy) -> int:
+    """Return the place of the first layer that is not part of the prefix."""
+    cut = anatomy.layer_indices[0] + 1  # the first late layer's state is stored, and read
+    for place in range(cut):
+        layer = host.get_submodule(f"{anatomy.layers_path}.{place}")
+        trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+        if trained and place == 0:
+            name = f"{anatomy.layers_path}.0.{trained[0]}"
+            raise NothingFrozenError(f"{name} is trained, in the first layer: nothing is frozen")
+        if trained:
+            return place
+    return cut
+
+
+def _require_frozen(host: PreTrainedModel, above: tuple[str, ...]) -> None:
+    """Look at what lies beside the layers, the embeddings for instance."""
     for name, parameter in host.named_parameters():
-        if parameter.requires_grad and id(parameter) not in late and "depthmix" not in name:
-            raise ConfigError(f"{name} is trained, which lies below the late layers")
-    stochastic = _dropout([host.get_input_embeddings(), *prefix])
-    if stochastic:
-        raise ConfigError(f"{stochastic} below the late layers draws anew in every epoch")
-    return Prefix(host, prefix, anatomy.hidden_size)
+        if parameter.requires_grad and not name.startswith(above):
+            raise ConfigError(f"{name} is trained, which lies below the tuned layers")
+    for name, module in host.named_modules():
+        if isinstance(module, BaseTunerLayer) and not f"{name}.".startswith(above):
+            raise ConfigError(f"{name} carries an adapter, which can be switched off: merge it")
 
 
-def _head_parameters(host: PreTrainedModel, path: str) -> list[nn.Parameter]:
-    """Return the head's own parameters; a head that is tied to the embeddings has none."""
-    embeddings: Any = host.get_input_embeddings()
-    below = {id(p) for p in embeddings.parameters()}
-    return [p for p in host.get_submodule(path).parameters() if id(p) not in below]
+def _above(anatomy: Anatomy, cut: int) -> tuple[str, ...]:
+    """Return where the names of modules above the cut begin.
 
-
-def _dropout(modules: list[Any]) -> str | None:
-    """Return the name of a module that would draw random numbers in training, if there is one."""
-    for module in modules:
-        for name, part in module.named_modules():
-            if isinstance(part, nn.Dropout) and part.p > 0:
-                return f"dropout ({name})"
-            rate = getattr(part, "attention_dropout", 0.0)  # a number, applied by functions
-            if isinstance(rate, float) and rate > 0:
-                return f"attention dropout ({name})"
-    return None
+    A head that is tied to the embeddings stands in `named_parameters` under the embeddings' name.
+    """
+    layers = [f"{anatomy.layers_path}.{index}" for index in range(cut, anatomy.layer_count)]
+    paths = (*layers, anatomy.norm_path, anatomy.head_path, MODULE_NAME)
+    return tuple(f"{path}." for path in paths if path)

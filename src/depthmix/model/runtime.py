@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -127,6 +129,16 @@ class Runtime:
     def figures(self, training: bool) -> Statistics:
         """Return where the figures of a forward are added up."""
         return self.statistics if training else self.evaluation
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Keep the forwards of the block out of all figures and records."""
+        records, self.records = self.records, []
+        try:
+            with self.statistics.unchanged(), self.evaluation.unchanged():
+                yield
+        finally:
+            self.records = records
 
     def current(self) -> Forward | None:
         """Return the forward that is running in this context."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -41,6 +44,15 @@ class Statistics:
         sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
         before = self._sums.get(sums.device)
         self._sums[sums.device] = sums if before is None else before + sums
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Forget what the block adds."""
+        sums, forwards = dict(self._sums), self.forwards
+        try:
+            yield
+        finally:
+            self._sums, self.forwards = sums, forwards
 
     def are_finite(self) -> bool:
         """Tell whether no loss since the last `take` was infinite or NaN. Waits for the device."""

@@ -152,9 +152,13 @@ class RunOptions:
     cache: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata=_help(
-            "Store what the frozen layers give, and read it in later epochs. auto: where nothing "
-            "below the late layers is trained and rows come back."
+            "Store what the frozen layers give, and read it in later epochs. auto: where the first "
+            "layers are frozen and rows come back."
         ),
+    )
+    cache_dtype: Literal["exact", "bfloat16"] = field(
+        default="exact",
+        metadata=_help("bfloat16 takes half the room of float32, and rounds the stored states."),
     )
     cache_dir: str | None = field(
         default=None, metadata=_help("Folder of the caches. Default: ~/.cache/depthmix.")

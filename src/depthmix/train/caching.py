@@ -8,7 +8,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.cache.depth import CachedDepth, cached_depth
+import torch
+
+from depthmix.cache.depth import cached_depth
+from depthmix.cache.prefix import NothingFrozenError
+from depthmix.cache.replay import CachedDepth
 from depthmix.errors import ConfigError
 from depthmix.train.arguments import TrainArguments
 
@@ -21,52 +25,86 @@ def caching(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDe
     """Cache the frozen layers' output for the block, if that is asked for or pays.
 
     Raises:
-        ConfigError: `cache: on`, and it cannot be done; says why.
+        ConfigError: `cache: on`, and it cannot be done; says why. What only the first batch shows
+            is raised in the block.
     """
     run = arguments.run
     with ExitStack() as stack:
         cache = None
         try:
-            if run.cache == "on" or (run.cache == "auto" and _pays(arguments, trainer)):
-                _require_one_process(arguments)
-                _require_stable_rows(arguments)
-                folder = Path(run.cache_dir) if run.cache_dir else None
-                tokens = _tokens(trainer)
-                context = cached_depth(trainer.model, arguments.mode.k, tokens, folder)  # type: ignore[arg-type]
-                cache = stack.enter_context(context)
+            if run.cache == "on" or (run.cache == "auto" and _rows_come_back(arguments, trainer)):
+                cache = stack.enter_context(_cached(arguments, trainer))
         except ConfigError as error:
             if run.cache == "on":
                 raise ConfigError(f"cache: {error}") from error
-            print(f"note: no cache: {error}")
-        if cache is not None and trainer.is_world_process_zero():
-            print(_announcement(cache, _tokens(trainer)))
+            if not isinstance(error, NothingFrozenError) and trainer.is_world_process_zero():
+                print(f"note: no cache: {error}")
+        if cache is not None:
+            stack.enter_context(_reading_ahead(trainer, cache))
+            if trainer.is_world_process_zero():
+                print(_announcement(cache, _tokens(trainer)))
         yield cache
 
 
-def _pays(arguments: TrainArguments, trainer: SFTTrainer) -> bool:
-    """Whether a prefix is frozen and rows come back."""
-    run, training = arguments.run, arguments.training
-    if not (run.late_layers_only or run.method == "none"):
-        return False
+@contextmanager
+def _cached(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDepth]:
+    run, model = arguments.run, trainer.model
+    assert model is not None
+    _require_supported(arguments, trainer)
+    with cached_depth(
+        model,
+        tokens=_tokens(trainer),
+        folder=Path(run.cache_dir) if run.cache_dir else None,
+        dtype=torch.bfloat16 if run.cache_dtype == "bfloat16" else None,
+        required=run.cache == "on",
+    ) as cache:
+        yield cache
+
+
+@contextmanager
+def _reading_ahead(trainer: SFTTrainer, cache: CachedDepth) -> Iterator[None]:
+    """Have the rows of a batch read from the disk when it is collated: while another one trains."""
+    collate: Any = trainer.data_collator
+
+    def collate_and_read(features: Any) -> Any:
+        batch = collate(features)
+        cache.read_ahead(batch)
+        return batch
+
+    if trainer.args.dataloader_num_workers == 0:  # workers hold no map of the files
+        trainer.data_collator = collate_and_read
+    try:
+        yield
+    finally:
+        trainer.data_collator = collate
+
+
+def _rows_come_back(arguments: TrainArguments, trainer: SFTTrainer) -> bool:
+    training = arguments.training
     steps = math.ceil(len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps)
     if training.max_steps > 0:
         return training.max_steps > steps
     return training.num_train_epochs > 1
 
 
-def _require_one_process(arguments: TrainArguments) -> None:
-    if arguments.training.world_size > 1:
-        raise ConfigError("it is for one process; with several, each would write what others read")
-
-
-def _require_stable_rows(arguments: TrainArguments) -> None:
-    if arguments.training.packing or arguments.training.padding_free:
-        raise ConfigError("packed rows come in other batches in every epoch")
+def _require_supported(arguments: TrainArguments, trainer: SFTTrainer) -> None:
+    kind = trainer.accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU") and not kind.startswith("MULTI_"):
+        raise ConfigError(f"{kind}: no process has whole layers; several processes need DDP")
+    if arguments.training.n_gpu > 1:
+        raise ConfigError("several GPUs need a process each: start with torchrun or accelerate")
+    if arguments.training.torch_compile:
+        raise ConfigError("torch_compile: compiled layers cannot be left out")
 
 
 def _tokens(trainer: SFTTrainer) -> int:
-    rows: Any = trainer.train_dataset
-    return sum(map(len, rows["input_ids"]))
+    """Return the tokens of all rows, those of evaluation too."""
+    evaluation: Any = trainer.eval_dataset or []
+    datasets: list[Any] = (
+        list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    )
+    datasets.append(trainer.train_dataset)
+    return sum(len(ids) for rows in datasets if len(rows) for ids in rows["input_ids"])
 
 
 def _announcement(cache: CachedDepth, tokens: int) -> str:
