@@ -59,6 +59,25 @@ def test_later_run_uses_the_cache_of_an_earlier_one(tmp_path):
     assert_same(model, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_two_runs_at_once_on_one_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("depthmix.cache.store.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("depthmix.cache.store.LOOK_SECONDS", 0.0)
+    base = tiny_model("llama")
+    plain, *models = (late(base) for _ in range(3))
+    train(plain)
+    with (
+        cached_depth(models[0], tokens=100, folder=tmp_path) as first,
+        cached_depth(models[1], tokens=100, folder=tmp_path) as second,
+    ):
+        train(models[0])
+        train(models[1])
+        assert (first.misses, second.misses) == (2, 1)
+        train(models[0])
+    assert first.hits == 10
+    assert len(list(first.folder.glob("*.index"))) == 1, "the second run had nothing to add"
+    assert_same(models[1], plain, rtol=1e-4, atol=1e-5)
+
+
 def test_model_is_as_before_after_the_block(tmp_path):
     model = late(tiny_model("llama"))
     host = model.get_base_model()

@@ -152,7 +152,7 @@ class CachedDepth:
         self._context = str(arithmetic).encode()
         current.keys = _keys(current.batch, self._context)
         current.eps = max(torch.finfo(d).eps for d in (self._dtype, arithmetic) if d is not None)
-        if current.random is None and self.store.knows(current.keys):
+        if self.store.knows(current.keys) and current.random is None:
             self._replayed = self._gather(current.batch, current.keys)
             self.hits += 1
         else:
