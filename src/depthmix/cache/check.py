@@ -1,4 +1,4 @@
-"""Whether the prefix of a model may be replayed: found by running a batch again, in other ways.
+"""Whether the prefix of a model may be replayed: found by running a row again, in other ways.
 
 Classes of modules do not tell: dropout can be a function, NEFTune is a hook, and an auxiliary loss
 reads routers of frozen layers.
@@ -39,8 +39,7 @@ class RandomState:
             module.set_rng_state(state, device)
 
     def depart(self) -> None:
-        """Go to another one."""
-        self.restore()
+        """Go to another one than the generators have now."""
         torch.rand(1)
         for _, device in self._devices:
             torch.rand(1, device=device)
@@ -82,94 +81,79 @@ class FirstRun:
     eps: float
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What of a batch is run again.
+
+    Attributes:
+        arguments: of the forward.
+        kept: which of its positions belong to a row, (b, t).
+        row: the one row that it is; None if it is the whole batch.
+    """
+
+    arguments: Mapping[str, Any]
+    kept: Tensor
+    row: Row | None
+
+
 def check(
     run: FirstRun,
     prefix: Callable[[Mapping[str, Any]], Tensor],
-    whole: Callable[[Mapping[str, Any], Tensor | None], Any],
+    whole: Callable[[Mapping[str, Any], Tensor | None], tuple[Any, Tensor]],
 ) -> None:
     """Find out whether rows like those of a first run can be replayed.
 
     Args:
         run: the first run.
         prefix: gives the prefix's states for other arguments.
-        whole: gives the model's output for the arguments, from given states if there are any.
+        whole: gives the model's output and those states, which it takes if there are any.
 
     Raises:
         ConfigError: they cannot; says why.
     """
+    part = _part(run)
     try:
-        run.random.depart()
-        again = prefix(run.arguments)
-        if not torch.equal(again, run.states):
-            raise ConfigError(
-                "the frozen layers give other states for the same rows when they run again "
-                "(dropout, NEFTune noise), so that no epoch is like the one before"
-            )
         # Without gradients the loss may be another one: not held against that of the first run.
         run.random.restore()
-        output = whole(run.arguments, None)
+        output, states = whole(part.arguments, None)
+        for _ in range(2):
+            run.random.depart()
+            _require_constant(states, prefix(part.arguments))
+        if part.row is not None:
+            _require_independent(run, part.row, states[part.kept.to(states.device)])
         run.random.restore()
-        _require_same(output, whole(run.arguments, run.states))
-        if run.batch.padded:
+        _require_same(output, whole(part.arguments, states)[0])
+        if not part.kept.all():
             run.random.restore()
-            _require_close(run, output, whole(run.arguments, unpadded(run.states, run.batch)))
-        if len(run.batch.rows) > 1 and run.batch.apart:
-            _require_independent(run, prefix)
+            zeros = torch.zeros_like(states)
+            kept = part.kept.to(states.device)
+            zeros[kept] = states[kept]
+            _require_close(output, whole(part.arguments, zeros)[0], part.kept, run.eps**0.5)
     except _FAILURES as error:
         if isinstance(error, (ConfigError, torch.OutOfMemoryError)):
             raise
         raise ConfigError(f"the model does not run from stored states: {error}") from error
 
 
-def unpadded(states: Tensor, batch: Batch) -> Tensor:
-    """Return the states with zeros where no row is."""
-    kept = torch.zeros_like(states)
+def _part(run: FirstRun) -> _Part:
+    """Choose what is run again: one row of several, with padding if there is any."""
+    batch = run.batch
+    kept = torch.zeros(batch.shape, dtype=torch.bool)
     for row in batch.rows:
-        kept[row.place, row.positions] = states[row.place, row.positions]
-    return kept
-
-
-def _require_same(output: Any, replayed: Any) -> None:
-    """The model must read nothing of the prefix but its states: equal bits."""
-    found = dict(_tensors(replayed))
-    for name, tensor in _tensors(output):
-        if name not in found or not torch.equal(tensor, found[name]):
-            raise ConfigError(
-                f"{name} of the model's output is not that of the stored states: the model reads "
-                "more of its frozen layers than that (an auxiliary loss of their routers, "
-                "all hidden states)"
-            )
-
-
-def _require_close(run: FirstRun, output: Any, replayed: Any) -> None:
-    """What stands at padding must not matter, but to rounding."""
-    found = dict(_tensors(replayed))
-    kept = torch.zeros(run.batch.shape, dtype=torch.bool)
-    for row in run.batch.rows:
         kept[row.place, row.positions] = True
-    for name, tensor in _tensors(output):
-        by_token = tuple(tensor.shape[:2]) == run.batch.shape
-        mask = kept.to(tensor.device) if by_token else ...
-        rounding = run.eps**0.5
-        if tensor.is_floating_point() and _distance(tensor[mask], found[name][mask]) > rounding:
-            raise ConfigError(f"{name} of the model's output depends on padding")
+    if len(batch.rows) == 1 or not batch.apart:
+        return _Part(run.arguments, kept, None)
+    labels = run.arguments.get("labels", run.arguments.get("shift_labels"))
+    by_token = isinstance(labels, Tensor) and tuple(labels.shape) == batch.shape
 
+    def fitness(row: Row) -> tuple[bool, bool, int]:
+        supervised = not by_token or bool((labels[row.place].cpu()[row.positions] >= 0).any())
+        return supervised, not kept[row.place].all(), len(row.positions)
 
-def _require_independent(run: FirstRun, prefix: Callable[[Mapping[str, Any]], Tensor]) -> None:
-    """A row that runs alone must give the states that it gave among others."""
-    behind = [row for row in run.batch.rows[1:] if len(row.positions) > 1]
-    if not behind:
-        return
-    row = max(behind, key=lambda row: len(row.positions))
-    states = prefix(_alone(run, row))
-    positions = torch.arange(len(row.positions)) if run.batch.packed else row.positions
-    found = states[0, positions][:_FIRST_TOKENS]
-    expected = run.states[row.place, row.positions][:_FIRST_TOKENS]
-    if _distance(expected, found) > run.eps**0.5:
-        raise ConfigError(
-            "rows that share a batch change each other's states"
-            + (" (packed rows need an attention that keeps them apart)" * run.batch.packed)
-        )
+    # Of packed rows, one that others stand before.
+    row = max((r for r in batch.rows if not batch.packed or r.positions[0] > 0), key=fitness)
+    alone = kept.new_ones(1, len(row.positions)) if batch.packed else kept[row.place][None]
+    return _Part(_alone(run, row), alone, row)
 
 
 def _alone(run: FirstRun, row: Row) -> dict[str, Any]:
@@ -186,6 +170,47 @@ def _alone(run: FirstRun, row: Row) -> dict[str, Any]:
 
     borders = BORDERS if run.batch.packed else frozenset[str]()
     return {name: taken(value) for name, value in run.arguments.items() if name not in borders}
+
+
+def _require_constant(states: Tensor, again: Tensor) -> None:
+    """Other random numbers must give the same states: equal bits."""
+    if not torch.equal(states, again):
+        raise ConfigError(
+            "the frozen layers give other states for the same rows when they run again "
+            "(dropout, NEFTune noise), so that no epoch is like the one before"
+        )
+
+
+def _require_independent(run: FirstRun, row: Row, alone: Tensor) -> None:
+    """A row that runs alone must give the states that it gave among others, but for rounding."""
+    expected = run.states[row.place, row.positions.to(run.states.device)]
+    if _distance(expected[:_FIRST_TOKENS], alone[:_FIRST_TOKENS]) > run.eps**0.5:
+        raise ConfigError(
+            "rows that share a batch change each other's states"
+            + (" (packed rows need an attention that keeps them apart)" * run.batch.packed)
+        )
+
+
+def _require_same(output: Any, replayed: Any) -> None:
+    """The model must read nothing of the prefix but its states: equal bits."""
+    found = dict(_tensors(replayed))
+    for name, tensor in _tensors(output):
+        if name not in found or not torch.equal(tensor, found[name]):
+            raise ConfigError(
+                f"{name} of the model's output is not that of the stored states: the model reads "
+                "more of its frozen layers than that (an auxiliary loss of their routers, "
+                "all hidden states)"
+            )
+
+
+def _require_close(output: Any, replayed: Any, kept: Tensor, rounding: float) -> None:
+    """What stands at padding must not matter, but for rounding."""
+    found = dict(_tensors(replayed))
+    for name, tensor in _tensors(output):
+        by_token = tensor.shape[:2] == kept.shape
+        mask = kept.to(tensor.device) if by_token else ...
+        if tensor.is_floating_point() and _distance(tensor[mask], found[name][mask]) > rounding:
+            raise ConfigError(f"{name} of the model's output depends on padding")
 
 
 def _distance(expected: Tensor, found: Tensor) -> float:

@@ -160,7 +160,7 @@ class CachedDepth:
 
     def _after_prefix(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         state = first_tensor(output)
-        if state is not None and (self._pass is not None or self._stops):
+        if state is not None and (self._pass is not None or self._checking):
             self._states = state.detach()
         if self._stops:
             raise _Stopped
@@ -207,13 +207,15 @@ class CachedDepth:
         assert states is not None
         return states
 
-    def _whole(self, arguments: Mapping[str, Any], states: Tensor | None) -> Any:
-        """Run the model, from given states if there are any."""
+    def _whole(self, arguments: Mapping[str, Any], states: Tensor | None) -> tuple[Any, Tensor]:
+        """Run the model, from given states if there are any; return the states as well."""
         self._replayed = states
         try:
-            return self._prefix.host(**arguments)
+            output, found = self._prefix.host(**arguments), self._states
         finally:
-            self._replayed = None
+            self._replayed = self._states = None
+        assert found is not None
+        return output, found
 
     def _end(self, reason: str) -> None:
         """End the caching, nothing having been replayed.
