@@ -223,7 +223,7 @@ def test_disk_that_fills_costs_the_cache_and_not_the_training(tmp_path, monkeypa
     assert (cache.hits, cache.misses) == (0, 6)
     assert not any(folder.iterdir())
     assert [record.message for record in caplog.records] == [
-        f"cache: no room in {cache.folder} (No space left on device); training goes on without it"
+        f"cache: {cache.folder}: No space left on device; no more rows are kept"
     ]
     assert_same(model, plain, rtol=0, atol=0)
 

@@ -26,7 +26,8 @@ def test_padding_to_the_right_does_not_matter():
 
 @pytest.mark.parametrize("loss", ["labels", "shift_labels", "num_items_in_batch", "logits_to_keep"])
 def test_what_only_the_loss_reads_does_not_matter(loss):
-    assert digests(input_ids=IDS) == digests(input_ids=IDS, **{loss: torch.ones(2, 4)})
+    given = [digests(input_ids=IDS, **{loss: torch.full((2, 4), value)}) for value in (3, 4)]
+    assert given[0] == given[1]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ def test_what_only_the_loss_reads_does_not_matter(loss):
         {"interpolate_pos_encoding": True},
         {"pixel_values": torch.ones(5, 3)},
         {"training": False},
+        {"labels": IDS},
     ],
 )
 def test_everything_else_does(changed):
@@ -79,4 +81,5 @@ def test_images_are_by_row_where_every_row_holds_as_many():
 
 def test_no_rows_without_tokens_or_behind_other_tokens():
     assert read_batch({"labels": IDS}, CONFIG, True) is None
+    assert read_batch({"input_ids": IDS, "attention_mask": MASK * 0}, CONFIG, True) is None
     assert read_batch({"input_ids": IDS, "past_key_values": object()}, CONFIG, True) is None

@@ -31,7 +31,7 @@ def measure_epochs(setting: Setting, batch_rows: int, epochs: int) -> dict[str, 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model, step = prepared(LATE_LORA_MODE, setting)
         batches = list(_batches(setting, batch_rows, model))
-        stack.enter_context(cached_depth(model, setting.k, tokens, folder))
+        stack.enter_context(cached_depth(model, tokens=tokens, folder=folder))
         times = [_timed(step, batches) for _ in range(epochs)]
     seconds[FIRST], seconds[LATER] = times[0], sum(times[1:]) / len(times[1:])
     return {name: {"seconds": value} for name, value in seconds.items()}

@@ -88,13 +88,17 @@ def read_batch(arguments: Mapping[str, Any], config: Any, training: bool) -> Bat
     }
     reaching = {n: v for n, v in scalars.items() if n not in aside and not n.startswith("output_")}
     by_token, by_row, whole = _sorted(tensors, shape, config)
-    context = repr((training, sorted(reaching.items()))).encode()
+    # Some models mask otherwise where there are labels, whatever these are.
+    labelled = ("labels" in given, "shift_labels" in given)
+    context = repr((training, labelled, sorted(reaching.items()))).encode()
     if whole:
         context = _digest({**by_token, **whole}, context)
     rows = [
         Row(place, part, _row_digest(place, part, by_token, by_row, context))
         for place, part in _places(tensors, shape)
     ]
+    if not rows:
+        return None
     packed = len(rows) > len({row.place for row in rows})
     asked = [(n, v) for n, v in sorted(scalars.items()) if n not in _LOSS | BORDERS]
     form = (training, packed, len(rows) > 1, tuple(sorted(tensors)), tuple(asked))

@@ -114,6 +114,8 @@ def frozen_prefix(model: nn.Module) -> Prefix:
         raise ConfigError("it is for models without an encoder")
     if is_deepspeed_zero3_enabled() or any(isinstance(p, DTensor) for p in host.parameters()):
         raise ConfigError("it is for whole models, and this one is sharded (FSDP, ZeRO, TP)")
+    if any(p.is_meta for p in host.parameters()):
+        raise ConfigError("it is for models in memory, and this one is offloaded")
     anatomy = _anatomy(host)
     cut = _cut(host, anatomy)
     above = _above(anatomy, cut)

@@ -244,9 +244,7 @@ class CachedDepth:
             self.store.add(key, states)
         except OSError as error:
             self._full = True
-            logger.warning(
-                f"cache: no room in {self.folder} ({error.strerror}); training goes on without it"
-            )
+            logger.warning(f"cache: {self.folder}: {error.strerror}; no more rows are kept")
 
     def _gather(self, batch: Batch, keys: list[bytes]) -> Tensor:
         """Return the stored states of a batch, with zeros at padding."""
