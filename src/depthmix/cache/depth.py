@@ -81,11 +81,16 @@ def cached_depth(
         cache.close()
 
 
+def _size(count: int) -> str:
+    gibibytes = count / 2**30
+    return f"{gibibytes:,.1f} GiB" if gibibytes >= 1 else f"{count / 2**20:.1f} MiB"
+
+
 def _require_space(folder: Path, needed: int) -> None:
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"the states take {needed / 2**30:.1f} GiB, but {existing} has {free / 2**30:.1f} GiB "
-            "free; choose another folder with cache_dir"
+            f"the states take {_size(needed)}, but {existing} has {_size(free)} free; choose "
+            "another folder with cache_dir"
         )
