@@ -53,7 +53,8 @@ def run(argv: Sequence[str]) -> int:
     from depthmix.inference.loading import load_for_use
 
     model, tokenizer = load_for_use(saved, form, arguments.model, loading(arguments))
-    encoded = [form.encode(prompt, tokenizer, arguments.system) for prompt in prompts]
+    told = (form.row_format, form.template, tokenizer, arguments.system)
+    encoded = [_encoded(prompt, *told) for prompt in prompts]
     _tell_of_blanks(prompts, form)
     if not (saved.record.row_format or arguments.format) and tokenizer.chat_template:
         note = "there is no record of how it was tuned: asked in plain text; or --format messages"
@@ -155,6 +156,17 @@ def _text_of(name: str) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{source}: line {line}: not UTF-8 text") from error
+
+
+def _encoded(
+    prompt: str,
+    row_format: str,
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None = None,
+) -> list[int]:
+    """Return the token ids that a training row with this prompt begins with."""
+    return Form(row_format, template).encode(prompt, tokenizer, system)
 
 
 def _tell_of_blanks(prompts: Sequence[str], form: Form) -> None:
