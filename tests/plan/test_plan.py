@@ -231,5 +231,5 @@ def test_errors(tiny, capsys):
     ):
         assert main(["plan", tiny, *flags]) == 2
         assert message in capsys.readouterr().err
-    assert main(["plan", "/nowhere"]) == 2
-    assert "no configuration" in capsys.readouterr().err
+    assert main(["plan", "/nowhere"]) == 1
+    assert "no such folder" in capsys.readouterr().err
