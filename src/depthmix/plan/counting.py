@@ -12,15 +12,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
-from transformers.integrations import moe  # noqa: F401, registers products with experts
+from torch.utils._pytree import tree_leaves
 
 from depthmix.model.anatomy import first_tensor, with_first_tensor
+from depthmix.plan.meters import Kept, LikeCuda, Meter
 from depthmix.plan.skeleton import Skeleton
 
 # Lengths at which it shows whether a layer walks along the tokens one by one.
@@ -133,7 +129,7 @@ def _operations_at(skeleton: Skeleton, length: int) -> dict[int, int]:
     operations: dict[int, int] = {}
 
     def count(kind: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        meter = _Meter()
+        meter = Meter()
         with meter:
             output = forward(*args, **kwargs)
         operations[kind] = meter.operations
@@ -173,7 +169,7 @@ def _count_at(
         ids = torch.zeros(rows, length, dtype=torch.long)
         with _each_kind_once(skeleton, count, skipped):
             skeleton.trunk(input_ids=ids, use_cache=False)
-        kept = _Kept(weights)
+        kept = Kept(weights)
         with _each_kind_once(skeleton, leave_out, ()), kept.hooks():
             output = skeleton.trunk(input_ids=ids, use_cache=False)
     del output
@@ -186,7 +182,7 @@ def _count_layer(
     """Run a layer forward and backward, by itself."""
     entering = _entering(args, kwargs).detach().requires_grad_(input_grad)
     args, kwargs = _with_entering(args, kwargs, entering)
-    kept, ahead, back = _Kept(weights), _Meter(), _Meter()
+    kept, ahead, back = Kept(weights), Meter(), Meter()
     with kept.hooks(), ahead:
         output = forward(*args, **kwargs)
     states = first_tensor(output)
@@ -207,7 +203,7 @@ def _decode_at(skeleton: Skeleton, length: int, skipped: Collection[int]) -> dic
         return forward(*args, **kwargs)
 
     def count(kind: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        meter = _Meter()
+        meter = Meter()
         with meter:
             output = forward(*args, **kwargs)
         flops[kind] = meter.flops
@@ -276,109 +272,11 @@ def _with_entering(args: Any, kwargs: Any, states: Tensor) -> tuple[Any, Any]:
     return args, kwargs | {name: states}
 
 
-# What is counted
-
-
-class _Meter(TorchDispatchMode):
-    """Counts FLOPs as `torch.utils.flop_counter` does, and calls."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self.operations = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation and count it."""
-        output = function(*args, **(kwargs or {}))
-        self.operations += 1
-        formula = _FORMULAS.get(function.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
-        return output
-
-
-def _grouped_product(left: Tensor, right: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
-    """Return the FLOPs of rows times the matrix of the expert that each has been given to."""
-    return 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
-
-
-_ATEN: Any = torch.ops.aten
-_EXPERTS: Any = torch.ops.transformers
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention
-    ],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
-    _ATEN._grouped_mm: _grouped_product,
-    _EXPERTS.grouped_mm_fallback: _grouped_product,
-    _EXPERTS.grouped_mm_fallback_backward: lambda left, right, *_, out_val: (
-        2 * _grouped_product(left, right, out_val=out_val)
-    ),
-}
-
-
-class _Kept:
-    """The memory that autograd keeps, weights left out, each block once."""
-
-    def __init__(self, weights: set[int]) -> None:
-        self._weights = weights
-        self._blocks: dict[int, Tensor] = {}
-
-    def hooks(self) -> Any:
-        """Return a context in which what is saved is noted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._blocks.values())
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in self._weights:
-            self._blocks[key] = tensor
-        return tensor
-
-
-# As on a GPU
-
-
 @contextmanager
 def _as_on_a_gpu(skeleton: Skeleton, autocast: torch.dtype | None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(skeleton.fake)
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast))
-        stack.enter_context(_LikeCuda())
+        stack.enter_context(LikeCuda())
         yield
-
-
-class _LikeCuda(TorchFunctionMode):
-    """What a CPU does otherwise: dropout, layer norms under autocast, experts in fp32."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Call what CUDA would run."""
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            kwargs = kwargs | {"dropout_p": 0.0}  # drawn within the kernel, and not kept
-        elif function is F.dropout:
-            return _dropout(*args, **kwargs)
-        elif function is torch._grouped_mm and args[0].dtype != torch.bfloat16:
-            return _EXPERTS.grouped_mm_fallback(*args, kwargs["offs"])  # fake ones are bf16 only
-        elif function is F.layer_norm and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return function(*args, **kwargs)
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or p == 0:
-        return input
-    dropped: Tensor = torch.native_dropout(input, p, True)[0]  # keeps one byte a number
-    return dropped
