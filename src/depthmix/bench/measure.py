@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
@@ -67,6 +69,23 @@ def peak_bytes(call: Callable[[], object]) -> int:
     before = _resident("VmRSS")
     call()
     return _resident("VmHWM") - before
+
+
+def allocated_bytes(call: Callable[[], object]) -> int:
+    """Return by how much memory in use by tensors rose at most above what was before the call.
+
+    Other than `peak_bytes`, on the CPU as well: freed memory that the allocator keeps is left out.
+    """
+    if torch.cuda.is_available():
+        return peak_bytes(call)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    sizes: Iterable[int] = (
+        event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
+    )
+    return max(itertools.accumulate(sizes, initial=0))
 
 
 def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -20,7 +20,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 import depthmix
 from depthmix.bench.batch import IGNORED, make_batch
-from depthmix.bench.measure import CountHead, in_fresh_process, median_seconds, peak_bytes
+from depthmix.bench.measure import (
+    CountHead,
+    allocated_bytes,
+    in_fresh_process,
+    median_seconds,
+    peak_bytes,
+)
 from depthmix.carry.adapters import mode_only_config
 from depthmix.carry.depth import restricted
 from depthmix.model.active import host_of
@@ -74,6 +80,11 @@ def measure_steps(
 def first_step_peak(name: str, setting: Setting) -> int:
     """Return the memory that a variant's first step takes beside its model, in bytes."""
     return peak_bytes(build(name, setting)[1])
+
+
+def first_step_allocation(name: str, setting: Setting) -> int:
+    """Return what the tensors of a variant's first step take beside its model, in bytes."""
+    return allocated_bytes(build(name, setting)[1])
 
 
 def build(name: str, setting: Setting) -> tuple[PreTrainedModel, Step]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import SavedRun
@@ -13,30 +12,37 @@ from depthmix.commands.parser import Parser, integer, name_or_folder, number
 from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
-    from depthmix.plan.memory import Batch, Bill
+    from transformers import PretrainedConfig
+
+    from depthmix.plan.report import Plan
 
 _EXAMPLES = """\
 examples:
-  depthmix plan meta-llama/Llama-2-70b-hf --gpus 8 --sharding fsdp --rows 1 --length 2048
-  depthmix plan HuggingFaceTB/SmolLM2-135M-Instruct --dtype float32 --check
+  depthmix plan meta-llama/Meta-Llama-3-8B --gpu h100
+  depthmix plan meta-llama/Meta-Llama-3-70B --gpus 8 --sharding fsdp --length 2048 --memory 80GiB
+  depthmix plan HuggingFaceTB/SmolLM2-135M-Instruct --check
 
-Only the configuration of the model is read. --check measures a training step on this machine, which
-loads the weights, and prints how far off the prediction is.
+lora: on all layers; half: on the upper half; light: of rank 1 on the upper half; late-lora: on the
+k late layers; +mode, mode: MoDE with it, or alone; full: every parameter is trained.
+
+Only the configuration of the model is read. Assumed is what `depthmix train` does on a GPU by
+default: a frozen base in bf16, adapters in fp32, gradient checkpointing where all layers are tuned.
+--check measures a training step on this machine, which loads the weights, and prints how far off
+the prediction is.
 """
-
-_GIB = 2**30
 
 
 def run(argv: Sequence[str]) -> int:
     """Count and print."""
     arguments = _parser().parse_args(argv)
-    batch, trunks, bills = _plan(arguments)
+    config = _config(arguments.model)
+    plan = _plan(arguments, config)
     if arguments.json:
-        print(json.dumps({name: asdict(bill) for name, bill in bills.items()}, indent=1))
+        print(json.dumps(plan.as_dict(), indent=1))
     else:
-        _print(arguments, batch, trunks, bills)
+        plan.print()
     if arguments.check:
-        _check(arguments, bills)
+        _check(arguments, config)
     return 0
 
 
@@ -56,6 +62,11 @@ def _parser() -> Parser:
         default=16,
         help="rank of LoRA on all linear layers (default: 16)",
     )
+    add(
+        "--tuned-layers",
+        type=_tuned_layers,
+        help="one more row: LoRA on so many of the last layers (10, 0.25, half)",
+    )
     add("--rows", type=integer(1), default=1, help="rows of a batch on each device (default: 1)")
     add("--length", type=integer(1), default=1024, help="tokens of a row (default: 1024)")
     add(
@@ -65,10 +76,24 @@ def _parser() -> Parser:
         help="share that is supervised (default: 0.5)",
     )
     add(
-        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of weights"
+        "--dtype",
+        default="bfloat16",
+        choices=["float32", "bfloat16", "float16"],
+        help="of a frozen base, and of the arithmetic (default: bfloat16)",
     )
+    add(
+        "--attn-implementation",
+        choices=["sdpa", "eager"],
+        help="of attention; eager holds its scores (default: as transformers chooses)",
+    )
+    add("--no-checkpointing", action="store_true", help="keep all activations")
     add("--gpus", type=integer(1), default=1, help="number of devices (default: 1)")
     add("--sharding", choices=["none", "fsdp"], default="none", help="of weights over devices")
+    card = parser.add_mutually_exclusive_group()
+    card.add_argument("--gpu", help="say whether it fits this card: t4, l4, a100, h100, ...")
+    card.add_argument(
+        "--memory", type=_size, help="say whether it fits a device of this memory, such as 24GiB"
+    )
     add(
         "--cached-tokens",
         type=integer(1, 2**63),
@@ -80,96 +105,136 @@ def _parser() -> Parser:
     return parser
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[Batch, dict[str, Any], dict[str, Bill]]:
-    import torch
-    from tqdm import tqdm
+def _tuned_layers(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text  # a word, or what `count_of` refuses
+
+
+def _size(text: str) -> int:
+    from depthmix.plan.cards import read_size
+
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _config(name: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    from depthmix.config import MoDEConfig
-    from depthmix.plan.memory import METHODS, Batch, bill
-    from depthmix.plan.trunk import TUNINGS, Step, count_trunk
     from depthmix.pretrained import require_no_adapter
 
-    require_no_adapter(SavedRun.find(arguments.model))
+    require_no_adapter(SavedRun.find(name))
     try:
-        config = AutoConfig.from_pretrained(arguments.model)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {arguments.model}: no configuration: {error}") from error
-    dtype = getattr(torch, arguments.dtype)
-    mode = MoDEConfig(k=arguments.k)
-    shards = arguments.gpus if arguments.sharding == "fsdp" else 1
-    batch = Batch(arguments.rows, arguments.length, arguments.supervised, dtype, shards)
-    step = Step(arguments.rows, arguments.length, arguments.k, arguments.lora_r, dtype)
-    trunks = {
-        method: count_trunk(config, method, step)
-        for method in tqdm(TUNINGS, desc="counting", unit="method", leave=False)
-    }
-    bills = {
-        name: bill(trunks[trunk], mode if with_mode else None, batch)
-        for name, (trunk, with_mode) in METHODS.items()
-    }
-    return batch, trunks, bills
+        raise ConfigError(f"model {name}: no configuration: {error}") from error
+    return config
 
 
-def _print(
-    arguments: argparse.Namespace, batch: Batch, trunks: dict[str, Any], bills: dict[str, Bill]
-) -> None:
-    from depthmix.tables import print_figures
+def _plan(arguments: argparse.Namespace, config: PretrainedConfig) -> Plan:
+    import torch
 
-    trunk = trunks["none"]
-    print(f"{arguments.model}: {trunk.parameters:,} parameters, {arguments.dtype}")
-    print_figures(
-        "what is trained, and saved; a training step's arithmetic",
-        ("method", "trained", "adapter, MiB", "GFLOP a token"),
-        [
-            (
-                name,
-                f"{bill.trained / 1e6:,.2f} M",
-                f"{bill.adapter_bytes / 2**20:,.1f}",
-                f"{bill.train_flops / 1e9:,.2f}",
-            )
-            for name, bill in bills.items()
-        ],
+    from depthmix.plan.cards import memory_of
+    from depthmix.plan.methods import METHODS, Method
+    from depthmix.plan.profile import Setting
+    from depthmix.plan.report import Plan, count
+
+    memory = memory_of(arguments.gpu) if arguments.gpu else arguments.memory
+    methods = dict(METHODS)
+    if arguments.tuned_layers is not None:
+        methods[f"tuned {arguments.tuned_layers}"] = Method("lora", arguments.tuned_layers)
+    setting = Setting(
+        rows=arguments.rows,
+        length=arguments.length,
+        supervised=arguments.supervised,
+        dtype=getattr(torch, arguments.dtype),
+        attention=arguments.attn_implementation,
+        gpus=arguments.gpus,
+        sharded=arguments.sharding == "fsdp",
     )
-    parts = ("weights", "gradients", "optimizer", "activations", "loss", "total")
-    print_figures(
-        f"GiB on each of {arguments.gpus} devices ({arguments.sharding} sharding), "
-        f"{batch.rows} x {batch.length} tokens",
-        ("method", "weights", "gradients", "optimizer", "activations", "loss", "total"),
-        [
-            (name, *(f"{getattr(bill, part) / _GIB:,.2f}" for part in parts))
-            for name, bill in bills.items()
-        ],
+    counted = count(
+        config,
+        setting,
+        methods,
+        k=arguments.k,
+        rank=arguments.lora_r,
+        adapter=_adapter,
+        checkpointing=_checkpointing(arguments),
     )
-    cached = arguments.cached_tokens * trunk.width * batch.dtype.itemsize
-    lora, ours = bills["lora"], bills["lora+mode"]
-    print(
-        f"decoding: {lora.decode_flops / 1e9:.2f} GFLOP a token, with MoDE "
-        f"{ours.decode_flops / lora.decode_flops:.4f} times that"
+    return Plan(
+        model=arguments.model,
+        card=arguments.gpu,
+        device_memory=memory,
+        cached_tokens=arguments.cached_tokens,
+        counted=counted,
     )
-    print(f"keys and values: {trunk.kv_bytes / _GIB:.2f} GiB for this batch")
-    print(f"cached depth: {cached / _GIB:.2f} GiB on disk for {arguments.cached_tokens:,} tokens")
 
 
-def _check(arguments: argparse.Namespace, bills: dict[str, Bill]) -> None:
+def _adapter(rank: int) -> Any:
+    """Return LoRA as `train` makes it by default."""
+    from trl.trainer.model_config import ModelConfig
+
+    from depthmix.train.arguments import RunOptions
+    from depthmix.train.methods import peft_config
+
+    return peft_config(RunOptions(method="lora"), ModelConfig(lora_r=rank))
+
+
+def _checkpointing(arguments: argparse.Namespace) -> Callable[[Any], bool]:
+    """Return for which methods `train` makes activations again by default, on a GPU."""
+    from depthmix.train.arguments import RunOptions, tunes_all_layers
+
+    def default(method: Any) -> bool:
+        partly = method.depth != "all"
+        run = RunOptions(method=method.tuning, late_layers_only=partly)
+        return not arguments.no_checkpointing and tunes_all_layers(run)
+
+    return default
+
+
+def _check(arguments: argparse.Namespace, config: PretrainedConfig) -> None:
     """Measure the peak of a step with rows of that length and print the error."""
+    import torch
+    from peft import LoraConfig
+
     from depthmix.bench.measure import in_fresh_process
-    from depthmix.bench.training import Setting, first_step_peak
+    from depthmix.bench.training import Setting as Measured
+    from depthmix.bench.training import first_step_allocation
+    from depthmix.plan.methods import METHODS
+    from depthmix.plan.profile import Setting
+    from depthmix.plan.report import count
     from depthmix.tables import print_figures
 
+    dtype = config.dtype  # in which the weights are loaded
+    names = ("lora+mode", "late-lora+mode", "mode")
+    counted = count(
+        config,
+        Setting(
+            rows=arguments.rows,
+            length=arguments.length,
+            supervised=arguments.supervised,
+            dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+            mixed=False,
+        ),
+        {name: METHODS[name] for name in names},
+        k=arguments.k,
+        rank=16,
+        adapter=lambda rank: LoraConfig(r=rank, target_modules="all-linear"),
+        checkpointing=lambda _: False,
+    )
     answer = round(arguments.length * arguments.supervised)
     lengths = [(arguments.length - answer, answer)] * arguments.rows
-    setting = Setting(arguments.model, lengths, arguments.k)
     rows = []
-    for name in ("lora", "lora+mode", "late-lora+mode", "mode"):
-        measured = in_fresh_process(first_step_peak, name, setting)
-        predicted = bills[name].step_bytes
-        found = (
-            name,
-            f"{predicted / 2**20:.0f}",
-            f"{measured / 2**20:.0f}",
-            f"{predicted / measured - 1:+.0%}",
-        )
-        rows.append(found)
+    for name in names:
+        setting = Measured(arguments.model, lengths, arguments.k)
+        measured = in_fresh_process(first_step_allocation, name, setting)
+        predicted = counted.bills[name].memory.step
+        figures = (f"{predicted / 2**20:.0f}", f"{measured / 2**20:.0f}")
+        rows.append((name, *figures, f"{predicted / measured - 1:+.0%}"))
     header = ("method", "predicted MiB", "measured MiB", "error")
-    print_figures("a step beside weights", header, rows)
+    print_figures("a step, beside weights and optimiser states", header, rows)

@@ -384,7 +384,7 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
 
     eval_strategy = _eval_strategy(run, training)
     accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
-    prefix_is_trained = not run.late_layers_only and run.method != "none"
+    prefix_is_trained = tunes_all_layers(run)
     return {
         "learning_rate": _LEARNING_RATES[run.method],
         "save_strategy": "steps" if "save_steps" in training else "epoch",
@@ -413,6 +413,11 @@ def _early_stopping_defaults(
 
 def _evaluates(run: RunOptions) -> bool:
     return bool(run.eval_dataset) or run.validation_split is not None
+
+
+def tunes_all_layers(run: RunOptions) -> bool:
+    """Whether the backward pass goes through all layers, which then makes activations again."""
+    return not run.late_layers_only and run.method != "none"
 
 
 def _eval_strategy(run: RunOptions, training: Mapping[str, Any]) -> str:
