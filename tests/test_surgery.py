@@ -253,7 +253,16 @@ def test_describing_configuration_is_copied_with_its_own_values(base: LlamaForCa
 
 @pytest.mark.parametrize(
     ("tuned", "layers"),
-    [(1, {3}), (3, {1, 2, 3}), (0.5, {2, 3}), ("half", {2, 3}), ("all", {0, 1, 2, 3}), (0.01, {3})],
+    [
+        (1, {3}),
+        (3, {1, 2, 3}),
+        (0.5, {2, 3}),
+        ("half", {2, 3}),
+        ("all", {0, 1, 2, 3}),
+        (0.01, {3}),
+        ("2", {2, 3}),
+        ("0.25", {3}),
+    ],
 )
 @pytest.mark.parametrize("k", [1, 2])
 def test_tuned_layers_are_apart_from_k(

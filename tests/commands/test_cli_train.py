@@ -61,6 +61,8 @@ def test_trains_saves_and_says_how_to_go_on(train, tiny, tmp_path, capsys):
         (["--method", "none"], "depthmix.norm.scale"),
         (["--method", "full"], "q_proj.weight"),
         (["--late_layers_only", "--lora_target_modules", "q_proj", "v_proj"], "layers.3"),
+        (["--tuned_layers", "half", "--lora_r", "1"], "layers.3"),
+        (["--tuned_layers", "2", "--no_mode"], "layers.2"),
         (["--no_mode"], "lora_B"),
         (["--no_mode", "--method", "full"], "q_proj.weight"),
     ],
@@ -70,7 +72,7 @@ def test_every_method(train, tmp_path, flags, trained):
     names = list(weights(tmp_path / "out"))
     assert any(trained in name for name in names)
     assert any("depthmix" in name for name in names) == ("--no_mode" not in flags)
-    if "--late_layers_only" in flags:
+    if {"--late_layers_only", "--tuned_layers"} & {*flags}:
         assert not any("layers.0" in name or "layers.1" in name for name in names)
 
 

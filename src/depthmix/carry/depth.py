@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from contextlib import suppress
 from typing import Any
 
 from peft import PeftConfig
@@ -32,6 +33,9 @@ def count_of(tuned_layers: TunedLayers, total: int) -> int:
         ConfigError: it is none of these.
     """
     share = {"half": 0.5, "all": 1.0}.get(str(tuned_layers), tuned_layers)
+    if isinstance(share, str):  # as the command line gives it
+        with suppress(ValueError):
+            share = int(share) if share.isdecimal() else float(share)
     if isinstance(share, float) and 0 < share <= 1:
         return max(1, round(share * total))
     if isinstance(share, int) and not isinstance(share, bool) and 1 <= share <= total:

@@ -30,7 +30,7 @@ examples:
   depthmix info HuggingFaceTB/SmolLM2-135M --k 4 --method lora --lora_r 8 --late_layers_only
   depthmix info out --json
 """
-_METHOD = ("method", "mode", "late_layers_only", "num_virtual_tokens", "vera_r")
+_METHOD = ("method", "mode", "late_layers_only", "tuned_layers", "num_virtual_tokens", "vera_r")
 
 
 def run(argv: Sequence[str]) -> int:

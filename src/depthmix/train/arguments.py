@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from depthmix.config import MoDEConfig
 from depthmix.data.conversation import Supervise
-from depthmix.errors import ConfigError
+from depthmix.errors import ConfigError, shown
 from depthmix.train.installed import require_deepspeed
 from depthmix.train.options import (
     Given,
@@ -49,6 +50,9 @@ DatasetFormat = Literal[
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
+
+
+_DEPTH = re.compile(r"all|half|[1-9]\d{0,5}|0?\.\d{0,6}[1-9]\d{0,6}|1\.0")
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,13 @@ class RunOptions:
         default=False,
         metadata=_help("Put the adapter on the k late layers only: no backward pass below them."),
     )
+    tuned_layers: str | None = field(
+        default=None,
+        metadata=_help(
+            "How many of the last layers carry the adapter: a number, a share such as 0.5, half or "
+            "all (default). No backward pass runs below them. Apart from k."
+        ),
+    )
     num_virtual_tokens: int = field(
         default=20, metadata=_help("Length of the prompt that prompt_tuning learns.")
     )
@@ -185,11 +196,23 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.method == "none" and not self.mode:
             raise ConfigError("method none trains MoDE alone; with mode false nothing is trained")
-        if self.late_layers_only and self.method not in ("lora", "dora", "ia3", "vera"):
-            raise ConfigError(f"late_layers_only needs lora, dora, ia3 or vera, not {self.method}")
+        self._check_depth()
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other")
         self._check_data()
+
+    def _check_depth(self) -> None:
+        if self.late_layers_only and self.tuned_layers is not None:
+            raise ConfigError("late_layers_only is short for tuned_layers = k: give one of them")
+        name = "late_layers_only" if self.late_layers_only else "tuned_layers"
+        restricted = self.late_layers_only or self.tuned_layers is not None
+        if restricted and self.method not in ("lora", "dora", "ia3", "vera"):
+            raise ConfigError(f"{name} needs lora, dora, ia3 or vera, not {self.method}")
+        if self.tuned_layers is not None and not _DEPTH.fullmatch(self.tuned_layers):
+            raise ConfigError(
+                "tuned_layers must be a number of layers, a share such as 0.5, half or all, not "
+                f"{shown(self.tuned_layers)}"
+            )
 
     def _check_data(self) -> None:
         if self.validation_split is not None and self.eval_dataset:
@@ -417,7 +440,8 @@ def _evaluates(run: RunOptions) -> bool:
 
 def tunes_all_layers(run: RunOptions) -> bool:
     """Whether the backward pass goes through all layers, which then makes activations again."""
-    return not run.late_layers_only and run.method != "none"
+    partly = run.late_layers_only or run.tuned_layers not in (None, "all")
+    return not partly and run.method != "none"
 
 
 def _eval_strategy(run: RunOptions, training: Mapping[str, Any]) -> str:

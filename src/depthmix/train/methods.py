@@ -30,7 +30,7 @@ def tune(
     """
     from depthmix import attach
 
-    tuned_layers = mode.k if run.late_layers_only else None
+    tuned_layers = mode.k if run.late_layers_only else run.tuned_layers
     config = peft_config(run, model_config)
     _require_names(model, model_config)
     try:
