@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -154,7 +155,8 @@ class Plan:
     def print(self) -> None:
         """Print two tables and a few lines, in at most 80 columns."""
         base, setting = self.counted.base, self.counted.setting
-        print(f"{self.model}: {base.sizes.parameters:,} parameters, {len(base.kinds)} layers")
+        name = Path(self.model).name if Path(self.model).is_dir() else self.model
+        print(f"{name}: {base.sizes.parameters:,} parameters, {len(base.kinds)} layers")
         dtype = str(setting.dtype).removeprefix("torch.")
         print(
             f"{setting.rows} x {setting.length} tokens on each device, "
