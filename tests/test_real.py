@@ -90,7 +90,7 @@ def test_readme_commands_run(
     monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
     write_rows()
     commands = re.findall(r"^depthmix (.*)$", README.read_text(), flags=re.M)
-    names = ["info", "train", "generate", "chat", "eval", "plan"]
+    names = ["info", "train", "train", "generate", "chat", "eval", "plan"]
     assert [command.split()[0] for command in commands] == names
     for command in commands:
         arguments = shlex.split(command.replace(HUB_NAME, str(real_model_folder)))
