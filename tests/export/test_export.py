@@ -115,6 +115,8 @@ def test_command(tiny, rows, tmp_path, capsys):
     assert "depthmix.spec" not in (tmp_path / "out/model.safetensors").read_bytes()[:20000].decode(
         "latin1"
     )
+    record = (tmp_path / "out/depthmix.yaml").read_text()
+    assert "dataset_format: prompt_completion" in record  # so that it is asked as it was tuned
     AutoTokenizer.from_pretrained(tmp_path / "out")
     assert main(["export", str(tmp_path / "tuned"), str(tmp_path / "out")]) == 2
     assert "is not empty" in capsys.readouterr().err

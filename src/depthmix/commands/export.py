@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from depthmix.carry.run_record import CONFIG_NAME
 from depthmix.carry.saved_run import Holds
 from depthmix.commands.model_options import add_model_options, find_run, loading
 from depthmix.commands.parser import Parser
 from depthmix.errors import CheckpointError
+from depthmix.files import write_text
 
 _EXAMPLES = """\
 examples:
@@ -35,6 +39,9 @@ def run(argv: Sequence[str]) -> int:
 
     model, tokenizer = load_for_use(saved, Form.of(saved), arguments.model, loading(arguments))
     export_model(model, tokenizer, Path(arguments.out))
+    if saved.record.options:  # by which generate, chat and eval ask it as it was trained
+        text = yaml.safe_dump(saved.record.options, sort_keys=False)
+        write_text(Path(arguments.out) / CONFIG_NAME, text)
     print(
         f"exported to {arguments.out}; load it with "
         f"AutoModelForCausalLM.from_pretrained({arguments.out!r}, trust_remote_code=True)"
