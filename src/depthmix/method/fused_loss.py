@@ -20,7 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from depthmix.config import Divergence
 from depthmix.method.divergences import DIVERGENCES
-from depthmix.method.head import HeadProjection, LogitGradients, LogitTransform
+from depthmix.method.head import (
+    HeadProjection,
+    LogitGradients,
+    LogitTransform,
+    StateGradients,
+)
 
 # Bytes of one chunk's logits. Small enough to be nothing beside a model, large enough that the
 # matrix products run at full speed; measured with `depthmix bench`.
@@ -130,6 +135,18 @@ class _Terms:
     distil_head: bool
     further: bool
 
+    def pull_back(
+        self,
+        states: Float[Tensor, "c k d"],
+        gate: Float[Tensor, "c k"],
+        output: Float[Tensor, "c k v"],
+        gradients: LogitGradients,
+        d_head: list[Tensor | None],
+    ) -> StateGradients:
+        """Return the gradients of a chunk's states, and add those of the head to `d_head`."""
+        d_head_late = d_head if self.distil_head else [None] * len(d_head)
+        return self.head.pull_back(states, gate, output, gradients, d_head, d_head_late)
+
 
 class _EnsembleLoss(torch.autograd.Function):
     """The chunk loop: losses and gradients in the forward, a scaling in the backward."""
@@ -153,13 +170,20 @@ class _EnsembleLoss(torch.autograd.Function):
         # One buffer for all tokens: a small tensor that outlives its chunk would lie in the middle
         # of the memory that the chunk gives back, and the allocator could not use it again.
         values = gate.new_empty(len(_ChunkLoss.VALUES), len(labels))
-        for chunk in _chunks(states, gate, labels, terms):
-            values[:, chunk.rows] = chunk.loss.values
-            if with_gradients:
-                d_gate[chunk.rows] = chunk.loss.d_gate
-                d_states[chunk.rows], d_late = chunk.pull_back(chunk.loss.gradients, d_head)
-                if d_late is not None:
-                    d_late_states[chunk.rows] = d_late
+        # The arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
+        with torch.autocast(states.device.type, enabled=False):
+            for rows in _chunks(states, terms.head):
+                # Each name takes over from the last chunk's: the allocator knows these sizes.
+                chunk, output, raw = _projected(states[rows], terms.head)
+                loss = _chunk_loss(raw, gate[rows], labels[rows], terms)
+                values[:, rows] = loss.values
+                if with_gradients:
+                    d_gate[rows] = loss.d_gate
+                    d_states[rows], d_late = terms.pull_back(
+                        chunk, gate[rows], output, loss.gradients, d_head
+                    )
+                    if d_late is not None:
+                        d_late_states[rows] = d_late
         ctx.terms, ctx.dtype = terms, states.dtype
         again = (states, gate, labels) if any(d is not None for d in d_head) else (None,) * 3
         ctx.save_for_backward(d_states, d_late_states, d_gate, *again, *d_head)
@@ -181,11 +205,12 @@ class _EnsembleLoss(torch.autograd.Function):
             d_head = [None if d is None else (d * every).to(d.dtype) for d in d_head]
         else:
             d_head = [_accumulator(tensor) for tensor in terms.head.tensors]
-            for chunk in _chunks(states, gate, labels, terms):
-                gradients = chunk.loss.gradients.weighed(
-                    weights[chunk.rows], late_weights[chunk.rows]
-                )
-                chunk.pull_back(gradients, d_head)
+            with torch.autocast(states.device.type, enabled=False):
+                for rows in _chunks(states, terms.head):
+                    chunk, output, raw = _projected(states[rows], terms.head)
+                    loss = _chunk_loss(raw, gate[rows], labels[rows], terms)
+                    gradients = loss.gradients.weighed(weights[rows], late_weights[rows])
+                    terms.pull_back(chunk, gate[rows], output, gradients, d_head)
         return (
             (d_states * weights.view(-1, 1, 1)).to(ctx.dtype),
             (d_late_states * late_weights.view(-1, 1, 1)).to(ctx.dtype),
@@ -218,44 +243,23 @@ class _ChunkLoss:
     d_gate: Float[Tensor, "c k"]
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some of the tokens, their logits made."""
-
-    rows: slice
-    states: Float[Tensor, "c k d"]
-    gate: Float[Tensor, "c k"]
-    output: Float[Tensor, "c k v"]
-    loss: _ChunkLoss
-    terms: _Terms
-
-    def pull_back(
-        self, gradients: LogitGradients, d_head: list[Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the states, and add those of the head to `d_head`."""
-        d_head_late = d_head if self.terms.distil_head else [None] * len(d_head)
-        return self.terms.head.pull_back(
-            self.states, self.gate, self.output, gradients, d_head, d_head_late
-        )
-
-
-def _chunks(states: Tensor, gate: Tensor, labels: Tensor, terms: _Terms) -> Iterator[_Chunk]:
-    """Go through the tokens so that one chunk's logits take about `CHUNK_BYTES`.
+def _chunks(states: Float[Tensor, "n k d"], head: HeadProjection) -> Iterator[slice]:
+    """Cut the tokens so that one chunk's logits take about `CHUNK_BYTES`.
 
     No token at all makes one empty chunk: the loss is then a zero that is connected to the graph.
     """
     n, k, _ = states.shape
-    head = terms.head
     size = max(1, CHUNK_BYTES // (4 * k * head.vocabulary))
-    for start in range(0, max(n, 1), size):
-        rows = slice(start, start + size)
-        # The arithmetic is in fp32 whatever autocast says: bmm would run in half precision.
-        with torch.autocast(states.device.type, enabled=False):
-            chunk = states[rows].to(head.dtype)
-            output = head.project(chunk)
-            raw = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-            loss = _chunk_loss(raw, gate[rows], labels[rows], terms)
-            yield _Chunk(rows, chunk, gate[rows], output, loss, terms)
+    return (slice(start, start + size) for start in range(0, max(n, 1), size))
+
+
+def _projected(
+    states: Float[Tensor, "c k d"], head: HeadProjection
+) -> tuple[Tensor, Tensor, Float[Tensor, "c k v"]]:
+    """Return states in the head's dtype, the head's output, and the same in at least fp32."""
+    chunk = states.to(head.dtype)
+    output = head.project(chunk)
+    return chunk, output, output.detach().to(torch.promote_types(output.dtype, torch.float32))
 
 
 def _chunk_loss(

@@ -126,13 +126,13 @@ class LinearHead:
     ) -> StateGradients:
         """Take the gradients in closed form: one product for the ensemble, one a late layer."""
         scale = _scale(self.dtype)
-        d_mixed = (gradients.mixed * scale).to(self.dtype)
+        d_mixed = _scaled(gradients.mixed, scale).to(self.dtype)
         mixed_states = (gate.unsqueeze(-1) * states).sum(dim=1).to(self.dtype)
         self._accumulate(mixed_states, d_mixed, accumulators, scale)
         d_states = gate.unsqueeze(-1) * _unscaled(d_mixed @ self._weight, scale).unsqueeze(1)
         if gradients.late is None:
             return d_states, None
-        d_late = (gradients.late * scale).to(self.dtype)
+        d_late = _scaled(gradients.late, scale).to(self.dtype)
         late_states = states[:, :-1].flatten(0, 1)
         self._accumulate(late_states, d_late.flatten(0, 1), late_accumulators, scale)
         return d_states, _unscaled(d_late @ self._weight, scale)
@@ -204,7 +204,7 @@ class ModuleHead:
         d_states, *d_tensors = torch.autograd.grad(
             output,
             [states, *self.tensors],
-            (d_output * scale).to(output.dtype),
+            _scaled(d_output, scale).to(output.dtype),
             allow_unused=True,
             retain_graph=True,
         )
@@ -221,6 +221,10 @@ def _scale(dtype: torch.dtype) -> float:
     below 6e-8 would be lost.
     """
     return 2.0**10 if dtype == torch.float16 else 1.0
+
+
+def _scaled(gradient: Tensor, scale: float) -> Tensor:
+    return gradient if scale == 1.0 else gradient * scale
 
 
 def _unscaled(gradient: Tensor, scale: float) -> Tensor:
