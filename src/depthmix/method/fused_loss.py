@@ -20,12 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from depthmix.config import Divergence
 from depthmix.method.divergences import DIVERGENCES
-from depthmix.method.head import (
-    HeadProjection,
-    LogitGradients,
-    LogitTransform,
-    StateGradients,
-)
+from depthmix.method.head import HeadProjection, LogitGradients, LogitTransform
 
 # Bytes of one chunk's logits. Small enough to be nothing beside a model, large enough that the
 # matrix products run at full speed; measured with `depthmix bench`.
@@ -135,17 +130,9 @@ class _Terms:
     distil_head: bool
     further: bool
 
-    def pull_back(
-        self,
-        states: Float[Tensor, "c k d"],
-        gate: Float[Tensor, "c k"],
-        output: Float[Tensor, "c k v"],
-        gradients: LogitGradients,
-        d_head: list[Tensor | None],
-    ) -> StateGradients:
-        """Return the gradients of a chunk's states, and add those of the head to `d_head`."""
-        d_head_late = d_head if self.distil_head else [None] * len(d_head)
-        return self.head.pull_back(states, gate, output, gradients, d_head, d_head_late)
+    def late(self, d_head: list[Tensor | None]) -> list[Tensor | None]:
+        """Return where the distillation's gradient of the head goes, if anywhere."""
+        return d_head if self.distil_head else [None] * len(d_head)
 
 
 class _EnsembleLoss(torch.autograd.Function):
@@ -179,8 +166,8 @@ class _EnsembleLoss(torch.autograd.Function):
                 values[:, rows] = loss.values
                 if with_gradients:
                     d_gate[rows] = loss.d_gate
-                    d_states[rows], d_late = terms.pull_back(
-                        chunk, gate[rows], output, loss.gradients, d_head
+                    d_states[rows], d_late = terms.head.pull_back(
+                        chunk, gate[rows], output, loss.gradients, d_head, terms.late(d_head)
                     )
                     if d_late is not None:
                         d_late_states[rows] = d_late
@@ -210,7 +197,9 @@ class _EnsembleLoss(torch.autograd.Function):
                     chunk, output, raw = _projected(states[rows], terms.head)
                     loss = _chunk_loss(raw, gate[rows], labels[rows], terms)
                     gradients = loss.gradients.weighed(weights[rows], late_weights[rows])
-                    terms.pull_back(chunk, gate[rows], output, gradients, d_head)
+                    terms.head.pull_back(
+                        chunk, gate[rows], output, gradients, d_head, terms.late(d_head)
+                    )
         return (
             (d_states * weights.view(-1, 1, 1)).to(ctx.dtype),
             (d_late_states * late_weights.view(-1, 1, 1)).to(ctx.dtype),

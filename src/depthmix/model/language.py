@@ -58,8 +58,7 @@ class LanguageTask:
             self._check(forward, kwargs, fused)
         if labels is not None and host.config.is_encoder_decoder:
             kwargs.update(_decoder_inputs(host, labels, kwargs))
-        targets = self._targets(labels, shifted)
-        positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        targets, positions = self._supervised(labels, shifted)
         count = kwargs.get("num_items_in_batch")
         asks = runtime.anatomy.other_terms == "asked" and not fused
         forward.task = Supervision(
@@ -101,8 +100,7 @@ class LanguageTask:
             or forward.keep is not None
         ):
             return None
-        targets = self._targets(labels, shifted)
-        positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        targets, positions = self._supervised(labels, shifted)
         # As many as in training, evenly: nothing random, which would change the training after it.
         every = round(1 / forward.mixture.config.distill_fraction)
         return Supervision(targets, positions[::every], training=False)
@@ -117,12 +115,15 @@ class LanguageTask:
             return keep if keep.ndim == 1 else None
         return slice(-keep, None) if keep else None
 
-    def _targets(self, labels: Tensor | None, shifted: Tensor | None) -> Int[Tensor, "b t"]:
-        """Return the token that each position predicts, by whichever of the two is given."""
-        if shifted is not None:
-            return shifted
-        assert labels is not None
-        return _shift(labels) if self.runtime.anatomy.labels_shifted else labels
+    def _supervised(
+        self, labels: Tensor | None, shifted: Tensor | None
+    ) -> tuple[Int[Tensor, "b t"], Int[Tensor, " n"]]:
+        """Return the token that each position predicts, and where one is, in the flat batch."""
+        targets = shifted
+        if targets is None:
+            assert labels is not None
+            targets = _shift(labels) if self.runtime.anatomy.labels_shifted else labels
+        return targets, (targets.flatten() != IGNORED).nonzero().squeeze(1)
 
     def select(self, forward: Forward, states: Tensor) -> Tensor:
         """Return the supervised tokens alone in training, (n, ...); the rest needs no mixture."""

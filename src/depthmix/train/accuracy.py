@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from depthmix.data.tokens import IGNORED
 from depthmix.errors import ConfigError
 from depthmix.evaluate.answers import number_is_right
 
 if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer
-
-IGNORED = -100  # the label of a token that is not supervised
 
 
 @dataclass(frozen=True)

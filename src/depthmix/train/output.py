@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-import depthmix
 from depthmix.carry import run_record
 from depthmix.carry.saved_run import ADAPTER_CONFIG, MODEL_CONFIG, SavedRun
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
+from depthmix.provenance import versions
 from depthmix.train.arguments import TrainArguments
 from depthmix.train.card import name_base
 from depthmix.train.resume import require_same_run, require_state
@@ -64,8 +63,7 @@ def begin(folder: Path, arguments: TrainArguments, row_format: str) -> None:
 
 def write_config(folder: Path, arguments: TrainArguments, row_format: str) -> None:
     """Write the configuration that reproduces the run; never half of it."""
-    others = (f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
-    header = f"# depthmix {depthmix.__version__}, {', '.join(others)}"
+    header = "# " + ", ".join(f"{name} {version}" for name, version in versions().items())
     values = {**arguments.resolved(), "dataset_format": row_format}
     write_text(folder / CONFIG_NAME, f"{header}\n{yaml.safe_dump(values, sort_keys=False)}")
 

@@ -8,20 +8,18 @@ import json
 import shlex
 import sys
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.run_record import RECORD_NAME, RunRecord
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
+from depthmix.provenance import versions
 from depthmix.train.arguments import TrainArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from trl.trainer.sft_trainer import SFTTrainer
-
-PACKAGES = ("depthmix", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 _SECRETS = ("hub_token", "push_to_hub_token")
 
@@ -30,7 +28,7 @@ def write_record(folder: Path, arguments: TrainArguments, trainer: SFTTrainer) -
     """Write options with every default filled in, the base model, the data and the versions."""
     facts = {
         "command": shlex.join([_program(), *sys.argv[1:]]),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions("accelerate", "datasets"),
         "base": _base(arguments, trainer),
         "data": {
             name: None if rows is None else {"rows": len(rows), "digest": digest_of(rows)}
