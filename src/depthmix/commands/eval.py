@@ -18,6 +18,7 @@ from depthmix.commands.parser import Parser, integer
 from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
 from depthmix.inference.form import Form, require_chat_template
+from depthmix.provenance import command
 
 if TYPE_CHECKING:
     from depthmix.evaluate.tasks import LocalTask
@@ -198,7 +199,7 @@ def _write(
     samples: dict[str, list[dict[str, Any]]],
 ) -> None:
     made_by = {
-        "command": " ".join(["depthmix", *sys.argv[1:]]),
+        "command": command(),
         "options": vars(arguments),
         "versions": {name: version(name) for name in PACKAGES},
     }

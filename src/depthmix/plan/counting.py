@@ -124,14 +124,19 @@ def _extrapolated(short: LayerCount, longer: LayerCount, length: int) -> LayerCo
 # One pass
 
 
+def _metered(forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Meter]:
+    """Return what a layer gives, and what that took."""
+    meter = Meter()
+    with meter:
+        return forward(*args, **kwargs), meter
+
+
 @torch.no_grad()
 def _operations_at(skeleton: Skeleton, length: int) -> dict[int, int]:
     operations: dict[int, int] = {}
 
     def count(kind: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        meter = Meter()
-        with meter:
-            output = forward(*args, **kwargs)
+        output, meter = _metered(forward, args, kwargs)
         operations[kind] = meter.operations
         return output
 
@@ -203,9 +208,7 @@ def _decode_at(skeleton: Skeleton, length: int, skipped: Collection[int]) -> dic
         return forward(*args, **kwargs)
 
     def count(kind: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        meter = Meter()
-        with meter:
-            output = forward(*args, **kwargs)
+        output, meter = _metered(forward, args, kwargs)
         flops[kind] = meter.flops
         return output
 
