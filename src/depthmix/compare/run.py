@@ -8,13 +8,13 @@ FOLDER holds train.yaml, train.jsonl and score.jsonl; result.json appears when a
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from depthmix.analysis.layers import score_rows
+from depthmix.compare.curve import Curve
 from depthmix.compare.engine import RESULT, SCORED_ROWS, TRAIN
 from depthmix.errors import DepthmixError, Stopped
 from depthmix.files import write_text
@@ -28,27 +28,30 @@ from depthmix.train.fit import fit
 def run(folder: Path) -> int:
     """Train and score; return 0, or what a shell gives for the signal that stopped it."""
     arguments = parse([str(folder / TRAIN)])
+    rows = [json.loads(line) for line in (folder / SCORED_ROWS).read_text("utf-8").splitlines()]
+    curve = Curve(rows)
     try:
-        trainer = fit(arguments)
+        trainer = fit(arguments, [curve])
     except Stopped as stop:
         return stop.status
     model: Any = trainer.model
     figures = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peak_bytes": _peak_bytes(),
-        "seconds": _train_seconds(trainer),
+        "peak_bytes": curve.peak_bytes,
+        "seconds": curve.seconds,
         "loss_curve": [
             [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
         ],
     }
     output.save(Path(str(arguments.training.output_dir)), trainer)
-    rows = [json.loads(line) for line in (folder / SCORED_ROWS).read_text("utf-8").splitlines()]
     scores = score_rows(model, trainer.processing_class, rows)
+    curve.add(float(trainer.state.epoch or 0), scores)
     per_row = asdict(scores)
     metrics = {
         "loss": scores.mean_loss,
         "accuracy": scores.accuracy,
         **{name: per_row.pop(name) for name in _MEANS},
+        "curve": curve.points,
         **figures,
     }
     result = {
@@ -62,19 +65,6 @@ def run(folder: Path) -> int:
 
 
 _MEANS = ("layer_loss", "layer_accuracy", "gate", "entropy", "rescued")
-
-
-def _train_seconds(trainer: Any) -> float:
-    history = trainer.state.log_history
-    return float(next(e["train_runtime"] for e in history if "train_runtime" in e))
-
-
-def _peak_bytes() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(folder: Path) -> int:

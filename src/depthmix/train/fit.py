@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,18 @@ from depthmix.train.data import notes as data_notes
 from depthmix.train.record import require_same_rows, write_record
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
     from depthmix.train.hub import Hub
 
 
-def fit(arguments: TrainArguments) -> SFTTrainer:
+def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) -> SFTTrainer:
     """Train to the end and return the trainer.
+
+    Args:
+        arguments: of the run.
+        callbacks: to follow it, beside those that the arguments ask for.
 
     Raises:
         Stopped: by Ctrl-C or SIGTERM, with a checkpoint.
@@ -46,6 +52,8 @@ def fit(arguments: TrainArguments) -> SFTTrainer:
         require_known_positions(trainer, _prompt_tokens(arguments))
         notes = [*_without_effect(arguments), *data_notes(data, arguments)]
         _follow(trainer, arguments, hub)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         if checkpoint is not None:
             require_same_rows(Path(checkpoint).parent, trainer)
         with caching(arguments, trainer), stopping_on_signals(trainer) as signals:
