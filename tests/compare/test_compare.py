@@ -46,6 +46,10 @@ def write(tmp_path, **changes):
         ({"tasks": {"sums": {"dataset": ["x"]}}}, "task sums: train_rows missing"),
         ({"tasks": {"sums": {"rows": 3}}}, r"tasks\.sums\.rows: no such option; did you mean"),
         ({"tasks": {"sums": {"dataset": ["x"], "train_rows": 0}}}, "train_rows: must be >= 1"),
+        (
+            {"tasks": {"s": {"dataset": ["x"], "train_rows": 1, "dataset_format": "gsm"}}},
+            "one of auto",
+        ),
         ({"tasks": {}}, "tasks missing"),
         ({"methods": []}, "methods: must hold `key: value` lines"),
         ({"methods": {"lora": 3}}, r"methods\.lora: must hold `key: value` lines"),

@@ -17,7 +17,7 @@ from depthmix.plan.memory import mode_parameters
 from depthmix.plan.methods import METHODS
 from depthmix.plan.profile import Setting
 from depthmix.plan.report import count
-from depthmix.train.arguments import RunOptions, tunes_all_layers
+from depthmix.train.run_options import RunOptions
 from models import ANATOMIES, tiny_model
 
 SETTING = Setting(rows=2, length=8, dtype=torch.float32)
@@ -126,8 +126,8 @@ def test_checkpointing_keeps_what_enters_layers_and_runs_forward_twice():
     assert checked.memory.activations < 0.5 * kept.memory.activations
     again = checked.flops.backward - kept.flops.backward
     assert again == pytest.approx(kept.flops.forward, rel=0.1)
-    assert tunes_all_layers(RunOptions(method="lora"))
-    assert not tunes_all_layers(RunOptions(method="lora", late_layers_only=True))
+    assert RunOptions(method="lora").tunes_all_layers
+    assert not RunOptions(method="lora", late_layers_only=True).tunes_all_layers
 
 
 def test_scores_are_memory_only_where_attention_holds_them():

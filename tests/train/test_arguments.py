@@ -7,8 +7,11 @@ import yaml
 
 from depthmix.commands.train_help import CURATED
 from depthmix.errors import ConfigError
-from depthmix.train.arguments import RunOptions, all_options, parse
-from depthmix.train.options import Option, convert, read_flags, read_yaml
+from depthmix.train.arguments import all_options, parse
+from depthmix.train.given import read_flags, read_yaml
+from depthmix.train.options import Option
+from depthmix.train.run_options import RunOptions
+from depthmix.train.typed import convert
 
 REQUIRED = ["--model_name_or_path", "base", "--dataset", "a.jsonl", "--output_dir"]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import add_model_options, find_run, loading
 from depthmix.commands.parser import Parser, integer
+from depthmix.data.template import TEMPLATES
 from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
 from depthmix.inference.form import Form, require_chat_template
@@ -102,7 +103,7 @@ def _parser() -> Parser:
     )
     add(
         "--template",
-        choices=["alpaca", "question", "chat"],
+        choices=[*TEMPLATES, "chat"],
         help="prompts (default: as in training); chat: the tokenizer's chat template",
     )
     add("--scoring", choices=["generate", "likelihood"], default="generate", help="of local files")

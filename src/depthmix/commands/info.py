@@ -16,8 +16,11 @@ from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts, wit
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.pretrained import Loading, load_base, load_saved
-from depthmix.train.arguments import RunOptions, adapter_options, split_own
-from depthmix.train.options import Given, negated, options, read_flags, typed
+from depthmix.train.arguments import adapter_options, split_own
+from depthmix.train.given import Given, read_flags
+from depthmix.train.options import options
+from depthmix.train.run_options import RunOptions
+from depthmix.train.typed import negated, typed
 
 if TYPE_CHECKING:
     from torch import nn

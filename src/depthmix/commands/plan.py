@@ -179,20 +179,20 @@ def _adapter(rank: int) -> Any:
     """Return LoRA as `train` makes it by default."""
     from trl.trainer.model_config import ModelConfig
 
-    from depthmix.train.arguments import RunOptions
     from depthmix.train.methods import peft_config
+    from depthmix.train.run_options import RunOptions
 
     return peft_config(RunOptions(method="lora"), ModelConfig(lora_r=rank))
 
 
 def _checkpointing(arguments: argparse.Namespace) -> Callable[[Any], bool]:
     """Return for which methods `train` makes activations again by default, on a GPU."""
-    from depthmix.train.arguments import RunOptions, tunes_all_layers
+    from depthmix.train.run_options import RunOptions
 
     def default(method: Any) -> bool:
         partly = method.depth != "all"
         run = RunOptions(method=method.tuning, late_layers_only=partly)
-        return not arguments.no_checkpointing and tunes_all_layers(run)
+        return not arguments.no_checkpointing and run.tunes_all_layers
 
     return default
 

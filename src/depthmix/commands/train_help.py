@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args, get_origin
 from depthmix.commands.parser import Parser
 from depthmix.commands.trl_defaults import trl_defaults
 from depthmix.config import MoDEConfig
-from depthmix.train.arguments import RunOptions, all_options
-from depthmix.train.options import Option, options, type_in_words
+from depthmix.train.arguments import all_options
+from depthmix.train.options import Option, options
+from depthmix.train.run_options import RunOptions
+from depthmix.train.typed import type_in_words
 
 _SUMMARY = """\
 Tune a causal language model with MoDE on a PEFT method, by TRL's SFTTrainer.
@@ -133,8 +135,8 @@ def print_all_options() -> None:
 def _help(option: Option) -> str:
     """Return the help with the choices, and the default where the text does not tell it."""
     text = option.help
-    if get_origin(option.hint) is Literal:
-        text += f" One of {', '.join(get_args(option.hint))}."
+    if option.choices or get_origin(option.hint) is Literal:
+        text += f" One of {', '.join(option.choices or get_args(option.hint))}."
     if option.default is not None and "Default" not in text and option.default is not False:
         text += f" Default: {str(option.default).lower()}."
     return text

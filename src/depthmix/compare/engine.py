@@ -21,7 +21,7 @@ from depthmix.files import write_text
 from depthmix.pretrained import require_no_adapter
 from depthmix.train.arguments import resolve
 from depthmix.train.checks import require_possible
-from depthmix.train.options import Given
+from depthmix.train.given import Given
 
 RESULT, TRAIN, TRAIN_ROWS, SCORED_ROWS = "result.json", "train.yaml", "train.jsonl", "score.jsonl"
 

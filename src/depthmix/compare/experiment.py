@@ -19,8 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from depthmix.data.formats import FORMAT_NAMES
+from depthmix.data.template import TEMPLATES
 from depthmix.errors import ConfigError
-from depthmix.train.options import Given, Option, options, read_nested, require_known, typed
+from depthmix.train.given import Given, read_nested
+from depthmix.train.options import Option, options, require_known
+from depthmix.train.typed import typed
 
 Split = Literal["validation", "test"]
 T = TypeVar("T")
@@ -47,8 +51,8 @@ class Task:
     train_rows: int
     validation_rows: int = 200
     test_rows: int = 200
-    dataset_format: str = "auto"
-    dataset_template: str | None = None
+    dataset_format: str = field(default="auto", metadata={"choices": FORMAT_NAMES})
+    dataset_template: str | None = field(default=None, metadata={"choices": tuple(TEMPLATES)})
     most_characters: int | None = None
 
 

@@ -186,6 +186,7 @@ FORMATS: dict[str, Format] = {
     "mawps": Format(("original_text", "equation", "ans"), "question", read=_mawps),
     "text": Format(("text",), convert=_text, made=()),
 }
+FORMAT_NAMES = ("auto", *FORMATS)  # what an option may say; auto: told from the columns
 
 
 def recognise(row: Any, columns: Columns) -> str | None:

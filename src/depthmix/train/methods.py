@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError, DepthmixError
-from depthmix.train.arguments import RunOptions
+from depthmix.train.run_options import RunOptions
 
 if TYPE_CHECKING:
     from peft import PeftConfig
