@@ -64,11 +64,23 @@ def test_an_adapter_as_planned_and_as_saved(tiny, rows, tmp_path, capsys):
     assert "is saved already" in capsys.readouterr().err
 
 
+def test_budgets_side_by_side(tiny, capsys):
+    """Of LoRA on all linear modules; the model has 4 layers, and its halves are alike."""
+    report = info(capsys, tiny, "--k", "2")
+    full, half, light = (report["budgets"][name] for name in ("full", "half", "light"))
+    assert full["trained"] == info(capsys, tiny, "--no_mode")["parameters"]["trainable"]
+    assert (half["trained"], half["share"]) == (full["trained"] / 2, 0.5)
+    assert (light["trained"], light["rank"]) == (half["trained"] / 16, 1)
+    assert (full["tuned_layers"], light["tuned_layers"]) == (4, 2)
+    assert full["cached"] is None
+    assert light["cached"] < light["step"] < full["step"] == 1
+
+
 def test_tables(tiny, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["info", tiny]) == 0
     shown = capsys.readouterr().out
-    for text in ("model.layers", "MoDE router", "of all parameters", "distill_weight"):
+    for text in ("model.layers", "MoDE router", "of all parameters", "distill_weight", "light"):
         assert text in shown
 
 

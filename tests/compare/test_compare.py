@@ -164,14 +164,6 @@ def test_runs_are_told_as_they_end(tmp_path, monkeypatch):
     assert sorted(seen.values()) == ["0", "1"]
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    return str(path)
-
-
 def test_rows_to_train_and_to_score_on_are_apart(pairs):
     task = Task([pairs], train_rows=5, validation_rows=4, test_rows=3)
     rows = load_rows("sums", task)

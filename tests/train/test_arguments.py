@@ -222,3 +222,50 @@ def test_the_help_names_options_that_exist():
     assert set(CURATED) <= known
     assert all(option.help for option in all_options()["depthmix"].values())
     assert "dataset" in RunOptions.__dataclass_fields__
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ("all", 16, 32, 2e-4)),
+        (["--budget", "full"], ("all", 16, 32, 2e-4)),
+        (["--budget", "half"], ("half", 16, 32, 2e-4)),
+        (["--budget", "light"], ("half", 1, 2, 4e-4)),
+        (["--budget", "light", "--method", "dora"], ("half", 1, 2, 4e-4)),
+        (["--budget", "light", "--tuned_layers", "0.25"], ("0.25", 1, 2, 4e-4)),
+        (["--budget", "light", "--lora_r", "4", "--lora_alpha", "8"], ("half", 4, 8, 4e-4)),
+        (["--budget", "light", "--learning_rate", "1e-3"], ("half", 1, 2, 1e-3)),
+        (["--budget", "light", "--no_late_layers_only"], ("half", 1, 2, 4e-4)),
+    ],
+)
+def test_a_budget_sets_what_is_not_given(required, given, expected):
+    arguments = parse([*required, *given])
+    model = arguments.model
+    assert (
+        arguments.run.tuned_layers or "all",
+        model.lora_r,
+        model.lora_alpha,
+        arguments.training.learning_rate,
+    ) == expected
+
+
+def test_a_budget_is_kept_by_the_resolved_configuration(tmp_path, required):
+    """As is one that a flag puts on a run that had none."""
+    path = tmp_path / "run.yaml"
+    for given, again in ([["--budget", "light"], []], [[], ["--budget", "light"]]):
+        path.write_text(yaml.safe_dump(parse([*required, *given]).resolved()))
+        arguments = parse([str(path), *again])
+        assert (arguments.run.tuned_layers, arguments.model.lora_r) == ("half", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--budget", "tiny"], "--budget: expected one of full, half, light or null, not 'tiny'"),
+        (["--budget", "light", "--method", "ia3"], "budget light needs method lora or dora"),
+        (["--budget", "full", "--method", "full"], "budget full needs method lora or dora"),
+    ],
+)
+def test_budgets_that_cannot_be(required, given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse([*required, *given])

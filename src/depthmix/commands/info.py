@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections import Counter
@@ -33,7 +34,10 @@ examples:
   depthmix info HuggingFaceTB/SmolLM2-135M --k 4 --method lora --lora_r 8 --late_layers_only
   depthmix info out --json
 """
-_METHOD = ("method", "mode", "late_layers_only", "tuned_layers", "num_virtual_tokens", "vera_r")
+_METHOD = (
+    *("method", "mode", "budget", "late_layers_only", "tuned_layers", "num_virtual_tokens"),
+    "vera_r",
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -86,7 +90,44 @@ def _planned(name: str, given: dict[str, Given]) -> dict[str, Any]:
     model = tune(load_base(name, **loading.options()), run, mode, adapter_options(rest))
     what = {"model": name, "method": run.method, "with_mode": run.mode}
     size = None if run.method == "full" else _size_when_saved(model)
-    return _report(what, model, mode.to_dict() if run.mode else None, size)
+    report = _report(what, model, mode.to_dict() if run.mode else None, size)
+    return {**report, "budgets": _budgets(model)}
+
+
+def _budgets(model: Any) -> dict[str, dict[str, Any]]:
+    """Return what each budget trains and takes, counted as `depthmix plan` does."""
+    from depthmix.commands.plan import default_lora
+    from depthmix.model.active import host_of
+    from depthmix.plan.methods import OF_BUDGETS
+    from depthmix.plan.profile import Setting
+    from depthmix.plan.report import count
+
+    methods = OF_BUDGETS
+    try:
+        bills = count(
+            copy.deepcopy(host_of(model).config),
+            Setting(rows=1, length=256),
+            methods,
+            k=1,
+            rank=1,
+            adapter=default_lora,
+            checkpointing=lambda _: False,
+        ).bills
+    except ConfigError:  # a model that cannot be counted
+        return {}
+    full = bills["full"]
+    return {
+        name: {
+            "tuned_layers": bill.tuned_layers,
+            "rank": methods[name].rank,
+            "trained": bill.trained,
+            "share": bill.trained / full.trained,
+            "saved_bytes": bill.adapter_bytes,
+            "step": bill.flops.step / full.flops.step,
+            "cached": bill.flops.cached and bill.flops.cached / full.flops.step,
+        }
+        for name, bill in bills.items()
+    }
 
 
 def _saved(saved: SavedRun, given: dict[str, Given]) -> dict[str, Any]:
@@ -239,3 +280,27 @@ def _print_tables(report: dict[str, Any]) -> None:
     show("Trainable parameters", rows, "right")
     if report["config"] is not None:
         show("MoDE", report["config"])
+    if report.get("budgets"):
+        _print_budgets(report["budgets"])
+
+
+def _print_budgets(budgets: dict[str, dict[str, Any]]) -> None:
+    from depthmix.tables import print_figures
+
+    print_figures(
+        "budgets; a step by count of products, later epochs from cached depth",
+        ("budget", "layers", "rank", "trained", "of full", "MB", "step", "later"),
+        [
+            [
+                name,
+                str(row["tuned_layers"]),
+                str(row["rank"]),
+                f"{row['trained']:,}",
+                f"{row['share']:.1%}",
+                f"{row['saved_bytes'] / 1e6:.1f}",
+                f"{row['step']:.2f}",
+                f"{row['cached']:.2f}" if row["cached"] else "-",
+            ]
+            for name, row in budgets.items()
+        ],
+    )

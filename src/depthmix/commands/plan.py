@@ -163,7 +163,7 @@ def _plan(arguments: argparse.Namespace, config: PretrainedConfig) -> Plan:
         methods,
         k=arguments.k,
         rank=arguments.lora_r,
-        adapter=_adapter,
+        adapter=default_lora,
         checkpointing=_checkpointing(arguments),
     )
     return Plan(
@@ -175,7 +175,7 @@ def _plan(arguments: argparse.Namespace, config: PretrainedConfig) -> Plan:
     )
 
 
-def _adapter(rank: int) -> Any:
+def default_lora(rank: int) -> Any:
     """Return LoRA as `train` makes it by default."""
     from trl.trainer.model_config import ModelConfig
 

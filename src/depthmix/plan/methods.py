@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from depthmix.budgets import BUDGETS
 from depthmix.carry.depth import TunedLayers, count_of
 
 Tuning = Literal["lora", "full", "none"]
@@ -37,11 +38,13 @@ class Method:
         return count_of(k if self.depth == "k" else self.depth, layers)
 
 
+OF_BUDGETS = {name: Method("lora", b.tuned_layers, rank=b.rank) for name, b in BUDGETS.items()}
+
 METHODS: dict[str, Method] = {
     "lora": Method("lora"),
     "lora+mode": Method("lora", mode=True),
-    "half": Method("lora", "half"),
-    "light": Method("lora", "half", rank=1),
+    "half": Method("lora", BUDGETS["half"].tuned_layers),
+    "light": OF_BUDGETS["light"],
     "late-lora+mode": Method("lora", "k", mode=True),
     "mode": Method("none", mode=True),
     "full": Method("full"),

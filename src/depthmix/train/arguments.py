@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from depthmix.budgets import BUDGETS
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.train.given import Given, read_flags, read_yaml
@@ -101,10 +102,30 @@ def read(argv: Sequence[str]) -> dict[str, Given]:
 def split_own(given: Mapping[str, Given]) -> tuple[RunOptions, MoDEConfig, dict[str, Given]]:
     """Return depthmix's own options and MoDE's, typed, and what is left for TRL."""
     own, method = options(RunOptions), options(MoDEConfig)
-    given = negated({**own, **method}, given)
+    given = with_budget(negated({**own, **method}, given))
     run = RunOptions(**typed(own, given))
     mode = _mode_config(typed(method, given), given)
     return run, mode, {name: v for name, v in given.items() if name not in {**own, **method}}
+
+
+def with_budget(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Add what a budget stands for, where it is not given.
+
+    Raises:
+        ConfigError: there is no such budget.
+    """
+    known = options(RunOptions)
+    names = {"budget", "late_layers_only", "tuned_layers"} & given.keys()
+    own = typed({n: known[n] for n in names}, {n: given[n] for n in names})
+    if own.get("budget") is None:
+        return dict(given)
+    settings = BUDGETS[own["budget"]].options()
+    if own.get("late_layers_only"):
+        del settings["tuned_layers"]
+    place = f"budget {own['budget']}"
+    # Null, as depthmix.yaml of a run without a budget has it, leaves the depth to the budget.
+    kept = {n: v for n, v in given.items() if n not in settings or own.get(n, v) is not None}
+    return {**{n: Given(text, place) for n, text in settings.items()}, **kept}
 
 
 def adapter_options(given: Mapping[str, Given]) -> ModelConfig:

@@ -126,6 +126,14 @@ class RunOptions:
             "all (default). No backward pass runs below them. Apart from k."
         ),
     )
+    budget: Literal["full", "half", "light"] | None = field(
+        default=None,
+        metadata=_help(
+            "How much to tune: full: all layers, rank 16; half: the upper half; light: rank 1 on "
+            "the upper half. Sets tuned_layers, lora_r, lora_alpha and the default of "
+            "learning_rate, each unless it is given."
+        ),
+    )
     num_virtual_tokens: int = field(
         default=20, metadata=_help("Length of the prompt that prompt_tuning learns.")
     )
@@ -183,6 +191,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.method == "none" and not self.mode:
             raise ConfigError("method none trains MoDE alone; with mode false nothing is trained")
+        if self.budget and self.method not in ("lora", "dora"):
+            raise ConfigError(f"budget {self.budget} needs method lora or dora, not {self.method}")
         self._check_depth()
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other")

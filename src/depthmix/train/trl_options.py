@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from depthmix.budgets import BUDGETS
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.train.given import Given
@@ -92,7 +93,7 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
     accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
     prefix_is_trained = run.tunes_all_layers
     return {
-        "learning_rate": _LEARNING_RATES[run.method],
+        "learning_rate": _LEARNING_RATES[run.method] * _relative_rate(run),
         "save_strategy": "steps" if "save_steps" in training else "epoch",
         "eval_strategy": eval_strategy,
         "bf16": accelerated and is_torch_bf16_gpu_available() and not training.get("fp16"),
@@ -100,6 +101,10 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
         "dataloader_pin_memory": accelerated,
         **_early_stopping_defaults(run, training, eval_strategy),
     }
+
+
+def _relative_rate(run: RunOptions) -> float:
+    return BUDGETS[run.budget].rate if run.budget else 1.0
 
 
 def _early_stopping_defaults(
