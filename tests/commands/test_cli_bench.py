@@ -37,6 +37,7 @@ def test_states_that_each_method_projects(results):
     assert mode == ours
     assert steps["lora+mode"] == (ours + native, ours)
     assert steps["late-lora+mode"] == steps["mode"] == steps["lora+mode"]
+    assert steps["half"] == steps["light"] == (supervised + native, supervised)
     assert steps["lora+mode, all distilled"] == (K * supervised + native, K * supervised)
 
 
@@ -47,8 +48,8 @@ def test_ratios_are_written_with_what_made_them(results):
         "peak_vs_hf_lora",
         "decode_vs_merged",
         "prefill_vs_merged",
-        "cached_epoch_vs_lora",
-        "first_epoch_vs_uncached",
+        *(f"{name}_cached_vs_lora" for name in ("half", "light", "late-lora+mode")),
+        *(f"{name}_first_vs_uncached" for name in ("half", "light", "late-lora+mode")),
     }
     lora, ours = results["step"]["lora"], results["step"]["lora+mode"]
     assert results["ratios"]["step_vs_hf_lora"] == ours["seconds"] / lora["seconds"]

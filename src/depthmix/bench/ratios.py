@@ -30,13 +30,18 @@ def loss_ratios(losses: Figures) -> dict[str, float]:
 
 
 def epoch_ratios(epochs: Figures) -> dict[str, float]:
-    """Return the time of an epoch from cached depth against LoRA's, and of the first epoch."""
-    return {
-        "cached_epoch_vs_lora": epochs[epoch.LATER]["seconds"]
-        / epochs[epoch.LORA_EPOCH]["seconds"],
-        "first_epoch_vs_uncached": epochs[epoch.FIRST]["seconds"]
-        / epochs[epoch.UNCACHED]["seconds"],
-    }
+    """Return, of each variant, the time of an epoch from the cache against LoRA's, and of the first
+    epoch against the same without the cache.
+    """
+    ratios = {}
+    for variant in epoch.CACHED:
+        later, first, uncached = (
+            epochs[epoch.row(variant, which)]["seconds"]
+            for which in (epoch.LATER, epoch.FIRST, epoch.UNCACHED)
+        )
+        ratios[f"{variant}_cached_vs_lora"] = later / epochs[epoch.LORA_EPOCH]["seconds"]
+        ratios[f"{variant}_first_vs_uncached"] = first / uncached
+    return ratios
 
 
 def decoding_ratios(decoded: Figures) -> dict[str, float]:

@@ -27,6 +27,7 @@ from depthmix.bench.measure import (
     median_seconds,
     peak_bytes,
 )
+from depthmix.budgets import BUDGETS
 from depthmix.carry.adapters import mode_only_config
 from depthmix.carry.depth import restricted
 from depthmix.model.active import host_of
@@ -125,8 +126,10 @@ def _trainer(trainer_class: type[Trainer], model: Any, setting: Setting, folder:
     )
 
 
-def _lora_config() -> LoraConfig:
-    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+def _lora_config(rank: int = 16) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def _lora(model: Any, k: int) -> tuple[Any, type[Trainer]]:
@@ -151,6 +154,13 @@ def _lora_naive(model: Any, k: int) -> tuple[Any, type[Trainer]]:
     return _lora_mode(model, k)[0], NaiveTrainer
 
 
+def _budget(name: str, model: Any, k: int) -> tuple[Any, type[Trainer]]:
+    """A budget of `depthmix train`, without MoDE, by the fused loss."""
+    budget, alone = BUDGETS[name], depthmix.MoDEConfig(k=1)
+    lora = _lora_config(budget.rank)
+    return depthmix.attach(model, alone, lora, tuned_layers=budget.tuned_layers), Trainer
+
+
 def _late_lora(model: Any, k: int) -> tuple[Any, type[Trainer]]:
     anatomy = discover(model, depthmix.MoDEConfig(k=k))
     return get_peft_model(model, restricted(_lora_config(), anatomy, k)), Trainer
@@ -167,13 +177,15 @@ def _mode(model: Any, k: int) -> tuple[Any, type[Trainer]]:
 
 LORA, CHUNKED_LORA, LORA_MODE = "lora", "lora, TRL loss", "lora+mode"
 LORA_NAIVE = "lora+mode, naive"
-LATE_LORA_MODE = "late-lora+mode"
+LATE_LORA_MODE, HALF, LIGHT = "late-lora+mode", "half", "light"
 VARIANTS: dict[str, Callable[[nn.Module, int], tuple[Any, type[Trainer]]]] = {
     LORA: _lora,
     CHUNKED_LORA: _chunked_lora,
     LORA_MODE: _lora_mode,
     "lora+mode, all distilled": _lora_mode_all,
     LORA_NAIVE: _lora_naive,
+    HALF: partial(_budget, HALF),
+    LIGHT: partial(_budget, LIGHT),
     "late-lora": _late_lora,
     LATE_LORA_MODE: _late_lora_mode,
     "mode": _mode,

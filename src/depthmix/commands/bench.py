@@ -30,7 +30,7 @@ parts:
           states multiplied with the LM head's weight, gradients pulled back through it
   loss    the loss of MoDE alone against the naive one, 1,024 tokens at V = 49,152
   decode  prefill and one token: base, merged LoRA, the same with MoDE, k naive heads
-  cache   an epoch of late-layer LoRA + MoDE from cached states against an epoch of LoRA
+  cache   an epoch of half, light and late-layer LoRA + MoDE, from cached states, against LoRA's
   shares  what part of a step, a prefill and a token is depthmix's own work, by the profiler
   growth  the loss as vocabulary, k and tokens grow
 
@@ -186,7 +186,7 @@ def _cache(arguments: argparse.Namespace) -> Measured:
     lengths = real_lengths(2 * arguments.rows, arguments.longest)
     setting = Setting(arguments.model, lengths, arguments.k)
     figures = measure_epochs(setting, arguments.rows, 1 + arguments.repeats)
-    title = f"an epoch of {len(lengths)} rows, late-layer LoRA + MoDE against LoRA"
+    title = f"an epoch of {len(lengths)} rows, from cached depth, against LoRA's"
     return title, figures, LORA_EPOCH, epoch_ratios(figures)
 
 

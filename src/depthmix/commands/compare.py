@@ -71,6 +71,7 @@ def _parser() -> Parser:
 
 def _report(results: dict[str, Any], path: Path) -> None:
     """Write the tables as Markdown, and the plots beside them."""
+    from depthmix.compare.over_time import has_curves, plot_over_time
     from depthmix.compare.report import markdown, plot
 
     if not results["runs"]:
@@ -81,3 +82,7 @@ def _report(results: dict[str, Any], path: Path) -> None:
     text = f"Made by `{command}`.\n\n{markdown(results, picture.name)}"
     write_text(path, text)
     print(f"figures: {path}, {picture}")
+    if has_curves(results):
+        over_time = path.with_name(f"{path.stem}-time.png")
+        plot_over_time(results, over_time)
+        print(f"over time: {over_time}")

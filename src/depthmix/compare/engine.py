@@ -181,6 +181,7 @@ def collect(experiment: Experiment, cells: list[Cell]) -> dict[str, Any]:
             "method": cell.method,
             "seed": cell.seed,
             "split": experiment.split,
+            "folder": str(cell.folder),
             **result["metrics"],
             "versions": result["versions"],
             "command": result["command"],

@@ -1,0 +1,92 @@
+"""Quality against time: what a method has reached after so many seconds of training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Run = dict[str, Any]
+Point = tuple[float, float, float, float]
+
+_METRICS = {"accuracy": "accuracy, share of rows", "loss": "held-out loss, nats a token"}
+
+
+def points_over_time(runs: Sequence[Run], metric: str) -> list[Point]:
+    """Return (seconds, mean, lowest, highest) after each epoch, over the seeds of one method.
+
+    Args:
+        runs: of one task and method.
+        metric: `accuracy` or `loss`.
+    """
+    points: list[Point] = []
+    for same in zip(*(run["curve"] for run in runs), strict=True):
+        values = [point[metric] for point in same]
+        seconds = statistics.mean(point["seconds"] for point in same)
+        points.append((seconds, statistics.mean(values), min(values), max(values)))
+    return points
+
+
+def seconds_to(points: Sequence[Point], accuracy: float) -> float | None:
+    """Return after how many seconds a mean accuracy is reached, or None if it is not.
+
+    Between two epochs it is taken to rise on a straight line; before the first, not at all.
+    """
+    before: Point | None = None
+    for point in points:
+        if point[1] >= accuracy:
+            if before is None:
+                return point[0]
+            share = (accuracy - before[1]) / (point[1] - before[1])
+            return before[0] + share * (point[0] - before[0])
+        before = point
+    return None
+
+
+def has_curves(results: dict[str, Any]) -> bool:
+    """Whether any run was scored more than once."""
+    return any(len(run.get("curve", ())) > 1 for run in results["runs"])
+
+
+def plot_over_time(results: dict[str, Any], path: Path, metrics: Sequence[str] = ()) -> None:
+    """Draw metrics against the time of training, a task a row; the band is the seeds' range.
+
+    Methods that were trained for a single epoch are points. A dotted line is at 95 % of the best
+    mean accuracy of the baseline.
+    """
+    from matplotlib.figure import Figure
+
+    chosen = metrics or tuple(_METRICS)
+    tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
+    figure = Figure(figsize=(5.2 * len(chosen), 3.6 * len(tasks) + 0.5), layout="constrained")
+    grid = figure.subplots(len(tasks), len(chosen), squeeze=False)
+    baseline = results["experiment"]["baseline"]
+    for row, task in zip(grid, tasks, strict=True):
+        runs = [run for run in results["runs"] if run["task"] == task and run["seconds"] > 0]
+        for axes, metric in zip(row, chosen, strict=True):
+            _plot(axes, runs, metric, baseline)
+            axes.set(title=task, xlabel="seconds of training", ylabel=_METRICS[metric])
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
+
+
+def _plot(axes: Axes, runs: list[Run], metric: str, baseline: str) -> None:
+    for index, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+        points = points_over_time([run for run in runs if run["method"] == method], metric)
+        seconds, means, lows, highs = zip(*points, strict=True)
+        line, *_ = axes.plot(
+            seconds, means, marker=_MARKERS[index % len(_MARKERS)], markersize=5, label=method
+        )
+        axes.fill_between(seconds, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
+        if method == baseline and metric == "accuracy":
+            axes.axhline(0.95 * max(means), color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+
+
+_MARKERS = "osD^vPX*"

@@ -1,0 +1,39 @@
+"""Quality against time: means over seeds, and when an accuracy is reached."""
+
+import pytest
+
+from depthmix.compare.over_time import has_curves, plot_over_time, points_over_time, seconds_to
+
+
+def run(method, seed, *points):
+    names = ("epoch", "seconds", "loss", "accuracy")
+    curve = [dict(zip(names, point, strict=True)) for point in points]
+    last = curve[-1]
+    return {"task": "sums", "method": method, "seed": seed, "curve": curve, **last}
+
+
+RUNS = [
+    run("lora", 1, (1, 10.0, 1.0, 0.1), (2, 20.0, 0.5, 0.5)),
+    run("lora", 2, (1, 14.0, 2.0, 0.3), (2, 24.0, 0.7, 0.9)),
+]
+
+
+def test_points_are_means_over_seeds():
+    assert points_over_time(RUNS, "loss") == [(12.0, 1.5, 1.0, 2.0), (22.0, 0.6, 0.5, 0.7)]
+    assert points_over_time(RUNS, "accuracy")[1] == pytest.approx((22.0, 0.7, 0.5, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "seconds"), [(0.2, 12.0), (0.1, 12.0), (0.45, 17.0), (0.7, 22.0), (0.71, None)]
+)
+def test_time_to_an_accuracy(accuracy, seconds):
+    found = seconds_to(points_over_time(RUNS, "accuracy"), accuracy)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_picture(tmp_path):
+    results = {"runs": RUNS, "experiment": {"baseline": "lora"}}
+    plot_over_time(results, tmp_path / "time.png")
+    assert (tmp_path / "time.png").stat().st_size > 5000
+    assert has_curves(results)
+    assert not has_curves({"runs": [run("lora", 1, (1, 1.0, 1.0, 0.0))]})
