@@ -1,0 +1,124 @@
+"""What each budget keeps, against time, and what depth and rank do: one comparison of many runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from depthmix.compare.over_time import points_over_time, seconds_to
+
+if TYPE_CHECKING:
+    from gpu import Options
+
+Row = dict[str, Any]
+
+# Of points 6 a) and c): the budgets, and MoDE on each.
+BUDGETS: dict[str, Row] = {
+    "lora": {"mode": False, "budget": "full", "learning_rate": 1e-3},
+    "lora+mode": {"budget": "full", "learning_rate": 1e-3},
+    "half": {"mode": False, "budget": "half", "learning_rate": 2e-3},
+    "light": {"mode": False, "budget": "light", "learning_rate": 8e-3},
+    "light+mode": {"budget": "light", "learning_rate": 8e-3, "adaptation": "norm"},
+}
+# Of point 6 b): how deep, and of what rank; the rate that rank 1 wants is higher.
+SHARES, RATES = (0.1, 0.25, 0.5, 0.75), {1: 8e-3, 4: 4e-3, 16: 2e-3}
+
+
+def evidence(options: Options, ends: float) -> list[Row]:
+    """Return one row a method: loss, accuracy, and when it is as good as 95 % of LoRA's best.
+
+    Seeds come one after another, so that a comparison that runs out of time has whole ones.
+
+    Args:
+        options: of the command line.
+        ends: by `time.perf_counter`; the comparison is stopped then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results: Row = {"runs": []}
+        for seeds in range(1, options.seeds + 1):
+            path = Path(folder) / "experiment.yaml"
+            path.write_text(yaml.safe_dump(_experiment(options, folder, seeds)), "utf-8")
+            command = [sys.executable, "-m", "depthmix", "compare", str(path)]
+            command += ["--workers", str(options.workers)]
+            left = max(1.0, ends - time.perf_counter())
+            try:
+                subprocess.run(command, check=False, timeout=left, stdout=subprocess.DEVNULL)
+            except subprocess.TimeoutExpired:
+                break
+            results = json.loads((Path(folder) / "results.json").read_text("utf-8"))
+        return list(_rows(results["runs"]))
+
+
+def _experiment(options: Options, folder: str, seeds: int) -> Row:
+    depths = {
+        f"last {share:g}, rank {rank}": {
+            "mode": False,
+            "tuned_layers": str(share),
+            "lora_r": rank,
+            "lora_alpha": 2 * rank,
+            "learning_rate": rate,
+        }
+        for share in SHARES
+        for rank, rate in RATES.items()
+    }
+    rows = (6, 4) if options.small else (320, 200)
+    return {
+        "model_name_or_path": options.model,
+        "output_dir": folder,
+        "baseline": "lora",
+        "split": "test",
+        "seeds": list(range(1, seeds + 1)),
+        "defaults": {
+            "num_train_epochs": 2 if options.small else 4,
+            "per_device_train_batch_size": 8,
+            "lora_dropout": 0.0,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+            "k": 2 if options.small else 3,
+        },
+        "methods": BUDGETS if options.small else {**BUDGETS, **depths},
+        "tasks": {
+            "rows": {
+                "dataset": options.data,
+                "train_rows": rows[0],
+                "validation_rows": 1,
+                "test_rows": rows[1],
+            }
+        },
+    }
+
+
+def _rows(runs: list[Row]) -> list[Row]:
+    best = max((p[1] for p in _curve(runs, "lora")), default=0.0)
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        rows.append(
+            {
+                "method": method,
+                "seeds": len(own),
+                "parameters": own[0]["trainable_parameters"],
+                "loss": statistics.mean(run["loss"] for run in own),
+                "accuracy": statistics.mean(run["accuracy"] for run in own),
+                "± of the mean": _error([run["accuracy"] for run in own]),
+                "seconds": statistics.mean(run["seconds"] for run in own),
+                "seconds to 95 %": seconds_to(_curve(runs, method), 0.95 * best),
+            }
+        )
+    return rows
+
+
+def _curve(runs: list[Row], method: str) -> list[tuple[float, float, float, float]]:
+    return points_over_time([run for run in runs if run["method"] == method], "accuracy")
+
+
+def _error(values: list[float]) -> float | None:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
