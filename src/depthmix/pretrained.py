@@ -12,7 +12,7 @@ from depthmix.carry.saved_run import Holds, SavedRun
 from depthmix.errors import CheckpointError, ConfigError, DepthmixError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -123,6 +123,21 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     SavedRun.find(name, options.get("revision"))
 
     return _found("tokenizer of", name, lambda: AutoTokenizer.from_pretrained(name, **options))
+
+
+def load_config(name: str, **options: Any) -> PretrainedConfig:
+    """Load the configuration of a model from a folder or the hub.
+
+    Raises:
+        DepthmixError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    def load() -> PretrainedConfig:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, **options)
+        return config
+
+    return _found("configuration of", name, load)
 
 
 def load_saved(
