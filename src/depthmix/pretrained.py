@@ -277,5 +277,10 @@ def _found(what: str, name: str, load: Callable[[], T]) -> T:
 
 
 def ignore_renamed_properties() -> None:
-    """PEFT asks for a property of transformers by its old name, at every model: not to be told."""
+    """Keep two notices of PEFT from the reader of a command's output.
+
+    It asks for a property of transformers by its old name, at every model; and it says that the
+    base model is another one than the adapter names, where `--model` has just said so.
+    """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was")
