@@ -136,7 +136,7 @@ def test_texts_have_no_prompt_to_answer(train_on, capsys):
 def test_early_stopping_keeps_the_best(train, rows, tmp_path, capsys):
     """At a rate at which it gets worse: stopped early, a finished run, its best checkpoint."""
     flags = ["--eval_dataset", rows, "--early_stopping_patience", "2", "--eval_steps", "1"]
-    flags += ["--learning_rate", "1", "--max_steps", "30", "--lr_scheduler_type", "constant"]
+    flags += ["--learning_rate", "3", "--max_steps", "30", "--lr_scheduler_type", "constant"]
     assert train(*flags, "--max_grad_norm", "0") == 0
     found = state(tmp_path / "out")
     assert found["global_step"] < 30
