@@ -33,7 +33,8 @@ def steps(model: str, small: bool) -> list[Row]:
 def decoding(model: str, small: bool) -> list[Row]:
     """Return the time of a prefill and of a token."""
     prompt, tokens, repeats = (8, 4, 1) if small else (1024, 64, 5)
-    figures = measure_decoding(model, 2 if small else 3, prompt, tokens, repeats)
+    setting = Setting(model, [], k=2 if small else 3)
+    figures = measure_decoding(setting, prompt, tokens, repeats)
     return [
         {
             "model": name,

@@ -197,8 +197,10 @@ bitsandbytes' 4 and 8 bits: loss and gradients are those of the same model with 
 written out, and an adapter loads onto a fresh base (`tests/test_quantised.py`, on a CPU).
 `depthmix train --load_in_4bit` is QLoRA with MoDE, whose own parameters stay in fp32. On a CPU,
 bitsandbytes 0.50 repacks a 4-bit weight in the first evaluation and gives no right gradients
-after that, with MoDE or without: there, train with `--eval_strategy no`. Any other quantisation
-works whose modules can be called: the weight of none is read.
+after that, with MoDE or without: there, `train --load_in_4bit` refuses evaluations. Using a model
+in 4 bits (`depthmix generate out --load-in-4bit`) works on a CPU too, where layers have 64 x n
+inputs and 32 x n outputs; what has others is refused. Any other quantisation works whose modules
+can be called: the weight of none is read.
 """.splitlines()
 
 

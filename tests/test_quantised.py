@@ -15,7 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import depthmix
+from command_fixtures import build_tokenizer
+from depthmix.carry.saved_run import SavedRun
 from depthmix.cli import main
+from depthmix.inference.form import Form
+from depthmix.inference.loading import load_for_use
+from depthmix.pretrained import Loading
 from models import attached, tiny_model, token_ids
 
 IDS = token_ids()
@@ -31,6 +36,14 @@ def train_once(base: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     return model, loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def has_avx512bf16() -> bool:
+    if find_spec("bitsandbytes") is None:
+        return False
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
 
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -96,6 +109,52 @@ def test_command_trains_on_four_bits(tiny: str, rows: str, tmp_path: Path) -> No
     }
     assert dtypes == {torch.float32}
     assert torch.bfloat16 in {weight.dtype for weight in weights.values()}
+
+
+@pytest.mark.optional
+@needs_bitsandbytes
+def test_a_model_is_used_in_four_bits(tmp_path: Path) -> None:
+    """Logits are those of the same model with its four bits written out as floats."""
+    tuned = attached(tiny_model("llama", hidden_size=64, intermediate_size=128), k=3)
+    tuned.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    run, four_bits = SavedRun.find(str(tmp_path)), Loading(load_in_4bit=True, dtype="float32")
+    used, _ = load_for_use(run, Form("text"), loading=four_bits)
+    written_out = AutoModelForCausalLM.from_pretrained(tmp_path, **four_bits.options()).dequantize()
+    whole = depthmix.load(written_out, tmp_path).eval()
+    plain, _ = load_for_use(run, Form("text"))
+    with torch.no_grad():
+        found, expected, unquantised = (model(IDS).logits for model in (used, whole, plain))
+
+    def distance(logits: torch.Tensor) -> float:
+        return float((logits - expected).norm() / expected.norm())
+
+    assert distance(found) < 0.04  # the kernels for CPUs are of bf16, scales of blocks as well
+    assert distance(unquantised) > 0.1
+
+
+@pytest.mark.optional
+@needs_bitsandbytes
+@pytest.mark.skipif(not has_avx512bf16(), reason="repacks four bits on CPUs with AVX512-BF16")
+def test_layers_that_cannot_be_repacked_are_refused(
+    tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", tiny, "--prompt", "What", "--load-in-4bit"]) == 2
+    said = capsys.readouterr().err
+    assert "--load-in-4bit: bitsandbytes runs layers of 64 x n inputs" in said
+    assert "model.layers.0.self_attn.q_proj has 32 and 32" in said
+
+
+@pytest.mark.optional
+@needs_bitsandbytes
+def test_no_training_on_weights_that_an_evaluation_repacks(
+    tiny: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--model_name_or_path", tiny, "--dataset", rows, "--load_in_4bit"]
+    argv += ["--eval_dataset", rows, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    assert main(argv) == 2
+    assert "load_in_4bit: on a CPU an evaluation repacks the weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantised_head_and_layers() -> None:

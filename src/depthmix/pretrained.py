@@ -12,7 +12,7 @@ from depthmix.carry.saved_run import Holds, SavedRun
 from depthmix.errors import CheckpointError, ConfigError, DepthmixError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -123,6 +123,21 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     SavedRun.find(name, options.get("revision"))
 
     return _found("tokenizer of", name, lambda: AutoTokenizer.from_pretrained(name, **options))
+
+
+def load_config(name: str, **options: Any) -> PretrainedConfig:
+    """Load the configuration of a model from a folder or the hub.
+
+    Raises:
+        DepthmixError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    def load() -> PretrainedConfig:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, **options)
+        return config
+
+    return _found("configuration of", name, load)
 
 
 def load_saved(
@@ -262,5 +277,10 @@ def _found(what: str, name: str, load: Callable[[], T]) -> T:
 
 
 def ignore_renamed_properties() -> None:
-    """PEFT asks for a property of transformers by its old name, at every model: not to be told."""
+    """Keep two notices of PEFT from the reader of a command's output.
+
+    It asks for a property of transformers by its old name, at every model; and it says that the
+    base model is another one than the adapter names, where `--model` has just said so.
+    """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was")

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from depthmix.bench.batch import IGNORED, make_batch, real_lengths
 from depthmix.bench.loss import Shape
 from depthmix.cli import main
+from depthmix.errors import ConfigError
 
 ROWS, LONGEST, K = 2, 24, 3
 
@@ -24,8 +26,6 @@ def results(tiny, tmp_path_factory):
 
 def test_states_that_each_method_projects(results):
     steps = {name: (row["projected"], row["pulled_back"]) for name, row in results["step"].items()}
-    import torch
-
     labels = make_batch(real_lengths(ROWS, LONGEST), 300, torch.device("cpu"))["labels"]
     all_tokens, supervised = labels.numel(), int((labels[:, 1:] != IGNORED).sum())
     sampled = round(0.25 * supervised)
@@ -55,6 +55,20 @@ def test_ratios_are_written_with_what_made_them(results):
     assert results["ratios"]["step_vs_hf_lora"] == ours["seconds"] / lora["seconds"]
     assert results["made_by"]["versions"]["torch"]
     assert results["made_by"]["options"]["k"] == K
+
+
+def test_loads_the_model_as_it_is_told(tiny, monkeypatch, capsys):
+    seen = []
+
+    def measure(setting, *_):
+        seen.append(setting)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("depthmix.bench.training.measure_steps", measure)
+    main(["bench", "--model", tiny, "--parts", "step", "--dtype", "bfloat16"])
+    assert seen[0].load().dtype == torch.bfloat16
+    assert main(["bench", "--model", tiny, "--revision", "main"]) == 2
+    assert "--revision" in capsys.readouterr().err
 
 
 def test_bytes_of_the_naive_loss():

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import depthmix
+from command_fixtures import CHAT_TEMPLATE
 from depthmix.cli import main
 from depthmix.data.load import load_data
 from depthmix.train.interrupt import StopOnRequest
@@ -237,6 +238,22 @@ def test_messages_need_a_chat_template(tiny, chats, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
     assert of(chats, str(bare), tmp_path / "other") == 2
     assert "no chat template" in one_line(capsys)
+
+
+@pytest.mark.parametrize("flags", [[], ["--validation_split", "0.5"], ["--supervise", "all"]])
+def test_a_row_that_the_template_refuses_is_named_by_line(tiny, chats, tmp_path, capsys, flags):
+    """Wherever it ends up: behind another file, a blank line and a shuffle."""
+    template = tmp_path / "strict.jinja"
+    refusal = "{% if m.content == 'No' %}{{ raise_exception('never No') }}{% endif %}"
+    template.write_text(CHAT_TEMPLATE.replace("<|{{ m.role", refusal + "<|{{ m.role"))
+    line = json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant"}]})
+    good, bad = (line[:-3] + f', "content": "{word}"}}]}}' for word in ("Yes", "No"))
+    second = tmp_path / "second.jsonl"
+    second.write_text(f"{good}\n\n{bad}\n{good}\n")
+    flags = ["--dataset", str(second), "--chat_template_path", str(template), *flags]
+    assert of(chats, tiny, tmp_path / "out", *flags) == 1
+    expected = f"{second}: line 3: the chat template does not take the messages: never No"
+    assert expected in one_line(capsys)
 
 
 @pytest.fixture

@@ -336,6 +336,8 @@ INTEGERS = {
     "compare": {"--workers": "count", "--gpus": "not negative"},
 }
 INTEGERS["generate"] |= {"--temperature": "not negative", "--format": "choice"}
+for command in ("generate", "chat", "eval", "bench", "compare"):
+    INTEGERS[command]["--dtype"] = "choice"
 INTEGERS["chat"] |= {"--temperature": "not negative"}
 INTEGERS["eval"] |= {"--scoring": "choice", "--template": "choice"}
 
@@ -430,8 +432,15 @@ MISSING = {
         ["eval", "{out}", "--tasks", "reasoning_gym:no_such_generator"],
         ["eval", "{out}", "--tasks", "mawps={rows}", "--output", "a-file"],
     ],
-    "plan": [["plan", "./none"], ["plan", "none"], ["plan", "empty"], ["plan"]],
+    "plan": [
+        ["plan", "./none"],
+        ["plan", "none"],
+        ["plan", "empty"],
+        ["plan"],
+        ["plan", "{tiny}", "--revision", "main"],
+    ],
     "bench": [
+        ["bench", "--model", "{tiny}", "--revision", "main"],
         ["bench", "--model", "./none", "--parts", "step"],
         ["bench"],
         ["bench", "--model", "{tiny}", "--table", "none.md"],

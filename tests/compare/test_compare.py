@@ -18,6 +18,8 @@ from depthmix.compare.experiment import Task, read_experiment
 from depthmix.compare.rows import load_rows
 from depthmix.compare.spread import devices, run_here
 from depthmix.errors import ConfigError
+from depthmix.train.arguments import split_own
+from depthmix.train.trl_options import trl_options
 
 EXPERIMENT = {
     "model_name_or_path": "m",
@@ -103,6 +105,34 @@ def test_values_are_read_as_train_reads_them(tmp_path):
     assert list(experiment.methods["other"]) == ["learning_rate", "save_strategy"]
     assert experiment.tasks["sums"].dataset == ["rows.jsonl"]
     assert experiment.seeds == [1, 2, 3]
+
+
+def test_flags_of_loading_win_over_all_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr("depthmix.commands.compare.find_run", lambda *_: None)
+    seen = []
+
+    def prepare(experiment):
+        seen.append(experiment)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("depthmix.compare.engine.prepare", prepare)
+    path = write(tmp_path, defaults={"dtype": "float32", "lora_r": 4})
+    flags = ["--dtype", "bfloat16", "--revision", "v2", "--no-trust-remote-code"]
+    main(["compare", str(path), *flags])
+    loading = {"dtype": "bfloat16", "model_revision": "v2", "trust_remote_code": "False"}
+    assert seen[0].options_of("lora+mode") == {"lora_r": "4", "k": "2", **loading}
+    run, _, rest = split_own(seen[0].methods["lora"])
+    assert run.mode is False
+    model, training, _ = trl_options(run, rest)
+    assert (model.dtype, model.model_revision) == ("bfloat16", "v2")
+    assert training.trust_remote_code is False
+
+
+def test_a_folder_has_no_revision(tiny, pairs, tmp_path, capsys):
+    tasks = {"sums": {"dataset": [pairs], "train_rows": 2, "test_rows": 2}}
+    path = write(tmp_path, model_name_or_path=tiny, tasks=tasks)
+    assert main(["compare", str(path), "--revision", "v2"]) == 2
+    assert f"--revision: {tiny} is a folder, which has none" in capsys.readouterr().err
 
 
 def test_runs_are_known_by_the_weights_of_the_model(tiny, pairs, tmp_path, monkeypatch):

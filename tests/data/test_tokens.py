@@ -1,6 +1,7 @@
 """What is supervised: by prefixes of a conversation, and as TRL does it for the others."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from command_fixtures import CHAT_TEMPLATE, build_model, build_tokenizer
 from depthmix.data.conversation import reads_parts, renderer, supervised
 from depthmix.data.counts import count_tokens
 from depthmix.data.load import Source, load_source
-from depthmix.data.tokens import IGNORED, tokenised
+from depthmix.data.tokens import IGNORED, RefusedRow, tokenised
 from depthmix.errors import DataError
 
 CHAT = [
@@ -156,10 +157,11 @@ def test_options_of_the_template_in_a_row():
 def test_what_a_template_refuses_is_one_error():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        DataError, match=r"row 1 of the training data \('S'\): .* roles must alternate"
-    ):
+    with pytest.raises(RefusedRow, match=r"does not take the messages: roles must") as refused:
         tokenised(rows_of(CHAT), "messages", tokenizer)
+    assert json.loads(refused.value.row["messages"]) == CHAT
+    again = pickle.loads(pickle.dumps(refused.value))  # as it comes from another process
+    assert (str(again), again.row) == (str(refused.value), refused.value.row)
 
 
 PAIRS = [

@@ -1,7 +1,11 @@
 """`depthmix eval` on tiny models: prompts as in training, batches as singles, cache, overlap."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ from depthmix.data.template import TEMPLATES
 from depthmix.evaluate.harness import evaluate
 from depthmix.evaluate.replies import ReplyFile
 from depthmix.evaluate.tasks import known_tasks, local_task
+from depthmix.provenance import versions
 from models import attached
 
+SOURCES = Path(__file__).parents[2] / "src"
 ALPACA = [
     {
         "instruction": f"What is {i} plus {i} ?",
@@ -115,7 +121,7 @@ def test_command_scores_writes_and_reuses_replies(tiny, tmp_path, capsys, monkey
     assert "6 of 6 questions stand in the training data" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["results"]["addsub"]["questions"] == 3
-    assert results["made_by"]["versions"]["lm_eval"]
+    assert results["made_by"]["versions"] == versions("lm_eval")
     rows = [json.loads(x) for x in (tmp_path / "out/samples-addsub.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert all(row["replies"] and row["prompt"].startswith("Below is") for row in rows)
@@ -126,6 +132,23 @@ def test_command_scores_writes_and_reuses_replies(tiny, tmp_path, capsys, monkey
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", no_generation)
     assert main(arguments) == 0
     assert json.loads((tmp_path / "out/results.json").read_text())["results"] == results["results"]
+
+
+def test_a_log_holds_no_bars_and_nothing_of_git(tiny, tmp_path):
+    """Asked for outside of any repository, with standard error in a pipe."""
+    task = f"boolq={write(tmp_path, 'l.json', LABELS)}"
+    flags = ["--tasks", task, "--max-new-tokens", "3", "--scoring"]
+    for scoring in ("generate", "likelihood"):
+        done = subprocess.run(
+            [sys.executable, "-m", "depthmix", "eval", tiny, *flags, scoring],
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(SOURCES), "GIT_CEILING_DIRECTORIES": "/"},
+            capture_output=True,
+            text=True,
+        )
+        assert "boolq" in done.stdout
+        assert done.stderr == ""
 
 
 def test_replies_survive_a_process_that_is_killed(tmp_path):

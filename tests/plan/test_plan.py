@@ -221,6 +221,41 @@ def test_json_gives_everything(tiny, capsys):
     assert plan["methods"]["full"]["memory_4bit"] is None
 
 
+def test_dtype_of_the_weights(tiny, capsys):
+    def weights(*flags):
+        assert main(["plan", tiny, "--length", "16", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)["methods"]["lora"]["memory"]["weights"]
+
+    assert weights() == weights("--dtype", "bfloat16") < weights("--dtype", "float32")
+    assert weights("--dtype", "auto") == weights("--dtype", "float32")  # as the folder says
+
+
+def test_modelling_code_of_a_folder_is_run_where_it_is_trusted(tmp_path, capsys):
+    """As `bench`, which reads the configuration by the same function."""
+    (tmp_path / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (tmp_path / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n"
+        "from .configuration_own import OwnConfig\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 4}
+    classes = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnModel",
+    }
+    config = {"model_type": "own", "num_attention_heads": 4, "auto_map": classes, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    plan = ["plan", str(tmp_path), "--length", "16"]
+    assert main(plan) == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert main([*plan, "--trust-remote-code"]) == 0
+    assert "lora+mode" in capsys.readouterr().out
+
+
 def test_errors(tiny, capsys):
     for flags, message in (
         (["--k", "9"], "9: a number from 1 to 4"),

@@ -9,10 +9,18 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from depthmix.cli import main
 from depthmix.train.accuracy import Asked, EvalAccuracy, asked, is_right
+from depthmix.train.progress import Lines
 
 ONE = ["--max_steps", "1"]
 
@@ -128,7 +136,7 @@ def test_texts_have_no_prompt_to_answer(train_on, capsys):
 def test_early_stopping_keeps_the_best(train, rows, tmp_path, capsys):
     """At a rate at which it gets worse: stopped early, a finished run, its best checkpoint."""
     flags = ["--eval_dataset", rows, "--early_stopping_patience", "2", "--eval_steps", "1"]
-    flags += ["--learning_rate", "5", "--max_steps", "30", "--lr_scheduler_type", "constant"]
+    flags += ["--learning_rate", "3", "--max_steps", "30", "--lr_scheduler_type", "constant"]
     assert train(*flags, "--max_grad_norm", "0") == 0
     found = state(tmp_path / "out")
     assert found["global_step"] < 30
@@ -180,6 +188,32 @@ def test_a_log_has_one_readable_line_a_step(train, capsys):
         assert "{" not in line
         assert len(line) < 140
     assert "\r" not in shown.out
+
+
+def test_the_time_left_is_told_by_the_steps_since_a_resume(capsys, monkeypatch):
+    """Two steps of 10 s since the checkpoint of step 90, and eight to go."""
+    clock = iter([100.0, 120.0])
+    monkeypatch.setattr("depthmix.train.progress.time.monotonic", lambda: next(clock))
+    lines, args, control = Lines(), TrainingArguments("out", report_to=[]), TrainerControl()
+    state = TrainerState(global_step=90, max_steps=100, is_world_process_zero=True)
+    lines.on_train_begin(args, state, control)
+    state.global_step = 92
+    lines.on_log(args, state, control, {"loss": 1.0})
+    assert capsys.readouterr().out.split("ETA ")[1] == "0:01:20\n"
+    lines.on_log(args, state, control, {"train_runtime": 20.0})
+    assert capsys.readouterr().out == "trained 2 steps in 0:00:20, from step 90 on\n"
+
+
+def test_a_resumed_run_begins_to_count_at_its_checkpoint(train, tmp_path, capsys):
+    steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    assert train(*steps) == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    capsys.readouterr()
+    assert train(*steps, "--resume") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["3/4", "4/4"]
+    assert any(line.startswith("trained 2 steps in ") for line in lines)
+    assert any(line.endswith(", from step 2 on") for line in lines)
 
 
 def test_a_single_entry_is_no_course_of_the_loss(train, capsys):

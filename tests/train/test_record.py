@@ -8,6 +8,8 @@ from datasets import Dataset, concatenate_datasets
 
 from depthmix.carry.groups import NORM_LR, ROUTER_LR
 from depthmix.cli import main
+from depthmix.train.arguments import parse
+from depthmix.train.fit import fit
 from depthmix.train.record import digest_of
 
 
@@ -70,6 +72,15 @@ def test_the_card_names_a_local_base(tiny, rows, out, flags):
     card = (out / "README.md").read_text()
     assert "[None]" not in card
     assert "fine-tuned version of `tiny`, a local model" in card
+
+
+def test_the_card_of_a_run_that_is_not_finished_names_it_too(tiny, rows, out):
+    command = ["--model_name_or_path", tiny, "--dataset", rows, "--output_dir", str(out)]
+    fit(parse([*command, "--max_steps", "1"]))  # with its checkpoint, and not saved
+    card = (out / "README.md").read_text()
+    assert "[None]" not in card
+    assert "fine-tuned version of `tiny`, a local model" in card
+    assert "Mixture-of-Depths Ensemble" in card
 
 
 def test_a_digest_is_of_rows_and_not_of_how_they_lie():

@@ -11,22 +11,22 @@ from torch import Tensor
 
 import depthmix
 from depthmix.bench.measure import median_seconds
+from depthmix.bench.training import Setting
 from depthmix.model.runtime import runtime_of
-from depthmix.pretrained import load_base
 
 BASE, MERGED, MODE, NAIVE = "base", "merged lora", "merged lora + mode", "naive k heads"
 
 
 @torch.no_grad()
 def measure_decoding(
-    model: str, k: int, prompt: int, tokens: int, repeats: int
+    setting: Setting, prompt: int, tokens: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Return median seconds of a prefill of `prompt` tokens and of one token after it."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     models = {
-        BASE: load_base(model),
-        MERGED: _merged(load_base(model), None),
-        MODE: _merged(load_base(model), k),
+        BASE: setting.load(),
+        MERGED: _merged(setting.load(), None),
+        MODE: _merged(setting.load(), setting.k),
     }
     forwards: dict[str, Callable[..., Any]] = {
         name: loaded.to(device).eval() for name, loaded in models.items()
@@ -41,10 +41,10 @@ def measure_decoding(
     }
 
 
-def decoding_calls(model: str, k: int, prompt: int, tokens: int) -> dict[str, Callable[[], Any]]:
+def decoding_calls(setting: Setting, prompt: int, tokens: int) -> dict[str, Callable[[], Any]]:
     """Return a prefill and a decoding of so many tokens, with MoDE beside a merged LoRA."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    forward = _merged(load_base(model), k).to(device).eval()
+    forward = _merged(setting.load(), setting.k).to(device).eval()
     ids = torch.arange(prompt, device=device).unsqueeze(0) % forward.config.vocab_size
     prefill, decode = torch.no_grad()(_prefill(forward, ids)), _decode(forward, ids, tokens)
     return {"prefill": prefill, "decoding": torch.no_grad()(decode)}

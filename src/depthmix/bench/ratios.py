@@ -30,8 +30,9 @@ def loss_ratios(losses: Figures) -> dict[str, float]:
 
 
 def epoch_ratios(epochs: Figures) -> dict[str, float]:
-    """Return, of each variant, the time of an epoch from the cache against LoRA's, and of the first
-    epoch against the same without the cache.
+    """Return the times of each variant's epochs.
+
+    One from the cache against LoRA's, and the first one against the same without the cache.
     """
     ratios = {}
     for variant in epoch.CACHED:

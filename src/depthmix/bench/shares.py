@@ -27,7 +27,7 @@ def measure_shares(setting: Setting, prompt: int, tokens: int) -> dict[str, dict
         tokens: tokens decoded after it.
     """
     calls = {"training step": build(LORA_MODE, setting)[1]}
-    calls |= decoding_calls(setting.model, setting.k, prompt, tokens)
+    calls |= decoding_calls(setting, prompt, tokens)
     return {name: _shares(call) for name, call in calls.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -33,7 +33,7 @@ from depthmix.carry.depth import restricted
 from depthmix.model.active import host_of
 from depthmix.model.discovery import discover
 from depthmix.model.runtime import runtime_of
-from depthmix.pretrained import load_base, load_tokenizer
+from depthmix.pretrained import Loading, load_base, load_tokenizer
 
 Step = Callable[[], Any]
 
@@ -46,11 +46,25 @@ class Setting:
         model: folder or hub name.
         lengths: tokens of question and answer of the rows of the batch.
         k: late layers.
+        loading: how the model is loaded.
     """
 
     model: str
     lengths: list[tuple[int, int]]
     k: int = 3
+    loading: Loading = field(default_factory=Loading)
+
+    def load(self) -> Any:
+        """Load the base model anew."""
+        return load_base(self.model, **self.loading.options())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load its tokenizer."""
+        return load_tokenizer(
+            self.model,
+            revision=self.loading.revision or "main",
+            trust_remote_code=bool(self.loading.trust_remote_code),
+        )
 
 
 def measure_steps(
@@ -98,7 +112,7 @@ def build(name: str, setting: Setting) -> tuple[PreTrainedModel, Step]:
 def prepared(name: str, setting: Setting) -> tuple[Any, Callable[[dict[str, Tensor]], None]]:
     """Return a variant's model, on its device, and a training step of any batch."""
     torch.manual_seed(0)
-    model, trainer_class = VARIANTS[name](load_base(setting.model), setting.k)
+    model, trainer_class = VARIANTS[name](setting.load(), setting.k)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(trainer_class, model, setting, folder)
     optimizer = trainer.create_optimizer()
@@ -122,7 +136,7 @@ def _trainer(trainer_class: type[Trainer], model: Any, setting: Setting, folder:
         model,
         SFTConfig(folder, dataset_kwargs=prepared, activation_checkpointing=False, **options),
         train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
-        processing_class=load_tokenizer(setting.model),
+        processing_class=setting.load_tokenizer(),
     )
 
 

@@ -7,9 +7,9 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from depthmix.carry.saved_run import SavedRun
+from depthmix.commands.model_options import add_base_options, base_config, loading
 from depthmix.commands.parser import (
     Parser,
     file,
@@ -21,6 +21,9 @@ from depthmix.commands.parser import (
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.provenance import command, versions
+
+if TYPE_CHECKING:
+    from depthmix.bench.training import Setting
 
 PARTS = ("step", "loss", "decode", "cache", "shares", "growth")
 
@@ -46,14 +49,12 @@ def run(argv: Sequence[str]) -> int:
     if arguments.plot:
         require_matplotlib("--plot")
     from depthmix.bench.report import plot, print_ratios, require_markers, write_table
-    from depthmix.pretrained import require_no_adapter
 
-    require_no_adapter(SavedRun.find(arguments.model))
     if arguments.table:
         if "step" not in arguments.parts:
             raise ConfigError("--table is of part step")
         require_markers(arguments.table)
-    _require_model(arguments.model, arguments.k)
+    _require_layers(arguments)
     results = _measure(arguments)
     print_ratios(results["ratios"])
     if arguments.json:
@@ -74,6 +75,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--model", type=name_or_folder, required=True, help="base model: folder or hub name"
     )
+    add_base_options(parser)
     parser.add_argument(
         "--parts",
         nargs="+",
@@ -101,16 +103,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _require_model(name: str, k: int) -> None:
+def _require_layers(arguments: argparse.Namespace) -> None:
     """Find out that there is such a model, with so many layers, before the first part runs."""
-    from transformers import AutoConfig
-
-    try:
-        layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {name}: no configuration: {error}") from error
-    if k > layers:
-        raise ConfigError(f"--k {k}: the model has {layers} layers")
+    layers = base_config(arguments).get_text_config().num_hidden_layers
+    if arguments.k > layers:
+        raise ConfigError(f"--k {arguments.k}: the model has {layers} layers")
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,17 +130,22 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**results, "ratios": ratios}
 
 
+def _setting(arguments: argparse.Namespace, rows: int) -> Setting:
+    from depthmix.bench.batch import real_lengths
+    from depthmix.bench.training import Setting
+
+    lengths = real_lengths(rows, arguments.longest)
+    return Setting(arguments.model, lengths, arguments.k, loading(arguments))
+
+
 Measured = tuple[str, Any, str | None, dict[str, float]]
 
 
 def _step(arguments: argparse.Namespace) -> Measured:
-    from depthmix.bench.batch import real_lengths
     from depthmix.bench.ratios import step_ratios
-    from depthmix.bench.training import LORA, VARIANTS, Setting, measure_steps
+    from depthmix.bench.training import LORA, VARIANTS, measure_steps
 
-    lengths = real_lengths(arguments.rows, arguments.longest)
-    setting = Setting(arguments.model, lengths, arguments.k)
-    figures = measure_steps(setting, list(VARIANTS), arguments.repeats)
+    figures = measure_steps(_setting(arguments, arguments.rows), list(VARIANTS), arguments.repeats)
     title = f"one training step, {arguments.rows} rows of GSM8K's lengths"
     return title, figures, LORA, step_ratios(figures)
 
@@ -165,7 +167,7 @@ def _decode(arguments: argparse.Namespace) -> Measured:
     prompt, tokens = arguments.longest or 256, 16
     # More of them, since they are short and the ratio is close to one.
     repeats = 3 * arguments.repeats
-    figures = measure_decoding(arguments.model, arguments.k, prompt, tokens, repeats)
+    figures = measure_decoding(_setting(arguments, arguments.rows), prompt, tokens, repeats)
     title = f"prefill of {prompt} tokens, then one token at a time"
     return title, figures, MERGED, decoding_ratios(figures)
 
@@ -178,24 +180,19 @@ def _growth(arguments: argparse.Namespace) -> Measured:
 
 
 def _cache(arguments: argparse.Namespace) -> Measured:
-    from depthmix.bench.batch import real_lengths
     from depthmix.bench.epoch import LORA_EPOCH, measure_epochs
     from depthmix.bench.ratios import epoch_ratios
-    from depthmix.bench.training import Setting
 
-    lengths = real_lengths(2 * arguments.rows, arguments.longest)
-    setting = Setting(arguments.model, lengths, arguments.k)
-    figures = measure_epochs(setting, arguments.rows, 1 + arguments.repeats)
-    title = f"an epoch of {len(lengths)} rows, from cached depth, against LoRA's"
+    rows = 2 * arguments.rows
+    figures = measure_epochs(_setting(arguments, rows), arguments.rows, 1 + arguments.repeats)
+    title = f"an epoch of {rows} rows, from cached depth, against LoRA's"
     return title, figures, LORA_EPOCH, epoch_ratios(figures)
 
 
 def _shares(arguments: argparse.Namespace) -> Measured:
-    from depthmix.bench.batch import real_lengths
     from depthmix.bench.shares import measure_shares
-    from depthmix.bench.training import Setting
 
-    setting = Setting(arguments.model, real_lengths(arguments.rows, arguments.longest), arguments.k)
+    setting = _setting(arguments, arguments.rows)
     figures = measure_shares(setting, arguments.longest or 256, tokens=8)
     return "what is depthmix's own", figures, "training step", {}
 

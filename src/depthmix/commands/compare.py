@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -9,11 +10,15 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from depthmix.commands.model_options import add_base_options, find_run
 from depthmix.commands.parser import Parser, file, integer, number, output_file, require_matplotlib
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
+
+if TYPE_CHECKING:
+    from depthmix.train.given import Given
 
 _EXAMPLES = """\
 An experiment file names a model, methods (options of `depthmix train` each), seeds and tasks; see
@@ -22,6 +27,7 @@ docs/comparing.md. A run that is done is not run again; one that was stopped beg
 examples:
   depthmix compare experiment.yaml
   depthmix compare experiment.yaml --report docs/results.md
+  depthmix compare experiment.yaml --dtype bfloat16
 """
 
 
@@ -38,7 +44,9 @@ def run(argv: Sequence[str]) -> int:
     from depthmix.compare.report import print_tables
     from depthmix.compare.spread import run_here, run_on_ray
 
-    experiment = read_experiment(arguments.experiment)
+    experiment = read_experiment(arguments.experiment).given(_flags(arguments))
+    if arguments.revision:
+        find_run(experiment.model_name_or_path, arguments.revision)  # a folder has none
     cells = prepare(experiment)
     if arguments.ray:
         run = partial(run_on_ray, address=arguments.ray, gpus=arguments.gpus)
@@ -60,6 +68,7 @@ def _parser() -> Parser:
         "compare", "Compare tuning methods over seeds and tasks.", _EXAMPLES, "EXPERIMENT.yaml"
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.yaml", type=file, help="what to compare")
+    add_base_options(parser)
     parser.add_argument("--workers", type=integer(1), default=1, help="runs at a time (default: 1)")
     parser.add_argument("--ray", metavar="ADDRESS", help="spread over a Ray cluster; or: local")
     parser.add_argument("--gpus", type=number(0), default=1, help="of a run on Ray (default: 1)")
@@ -67,6 +76,19 @@ def _parser() -> Parser:
         "--report", type=output_file, help="Markdown file (default: results.md in output_dir)"
     )
     return parser
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, Given]:
+    """Return what is said of loading, as options of `depthmix train`."""
+    from depthmix.train.given import Given
+
+    trust = arguments.trust_remote_code
+    said = {
+        "model_revision": Given(arguments.revision, "--revision"),
+        "trust_remote_code": Given(None if trust is None else str(trust), "--trust-remote-code"),
+        "dtype": Given(arguments.dtype, "--dtype"),
+    }
+    return {name: given for name, given in said.items() if given.text is not None}
 
 
 def _report(results: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,10 @@ from depthmix.data.template import TEMPLATES
 from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
 from depthmix.inference.form import Form, require_chat_template
-from depthmix.provenance import command
+from depthmix.provenance import command, versions
 
 if TYPE_CHECKING:
     from depthmix.evaluate.tasks import LocalTask
-
-PACKAGES = ("depthmix", "lm_eval", "torch", "transformers", "peft")
 
 _EXAMPLES = """\
 A task is NAME=SOURCE, a local file in the format of LLM-Adapters, GSM8K or MAWPS; NAME alone, which
@@ -202,7 +199,7 @@ def _write(
     made_by = {
         "command": command(),
         "options": vars(arguments),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions("lm_eval"),
     }
     for task, rows in samples.items():
         name = "".join(letter if letter.isalnum() else "_" for letter in task)

@@ -13,6 +13,8 @@ from depthmix.commands.parser import MOST_SEED, Parser, integer, number
 from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from depthmix.pretrained import Loading
 
 TARGET_HELP = "folder of a tuned, exported or base model, or its name on the hub (NAME@REVISION)"
@@ -30,20 +32,27 @@ def add_model_options(parser: Parser, target: str = "target") -> None:
 def add_loading_options(parser: Parser) -> None:
     """Add the arguments that overrule how training loaded the base model."""
     group = parser.add_argument_group("loading (default: as in training)")
+    _add_base_options(group, "of the weights")
+    group.add_argument(
+        "--load-in-4bit",
+        action=argparse.BooleanOptionalAction,
+        help="quantise the base model while loading (needs bitsandbytes)",
+    )
+
+
+def add_base_options(parser: Parser, dtype: str = "of the weights") -> None:
+    """Add the arguments that say how a base model is loaded; `dtype` is the help of `--dtype`."""
+    _add_base_options(parser.add_argument_group("loading"), dtype)
+
+
+def _add_base_options(group: argparse._ArgumentGroup, dtype: str) -> None:
     group.add_argument("--revision", metavar="REV", help="of the base model on the hub")
     group.add_argument(
         "--trust-remote-code",
         action=argparse.BooleanOptionalAction,
         help="run modelling code that comes with the weights",
     )
-    group.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
-    )
-    group.add_argument(
-        "--load-in-4bit",
-        action=argparse.BooleanOptionalAction,
-        help="quantise the base model while loading (needs bitsandbytes)",
-    )
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help=dtype)
 
 
 def find_run(target: str, revision: str | None) -> SavedRun:
@@ -67,11 +76,25 @@ def loading(arguments: argparse.Namespace) -> Loading:
     """Return what was said of loading."""
     from depthmix.pretrained import Loading
 
-    return Loading(
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-        dtype=arguments.dtype,
-        load_in_4bit=arguments.load_in_4bit,
+    names = ("revision", "trust_remote_code", "dtype", "load_in_4bit")
+    return Loading(**{name: value for name, value in vars(arguments).items() if name in names})
+
+
+def base_config(arguments: argparse.Namespace) -> PretrainedConfig:
+    """Return the configuration of the base model that `arguments.model` names.
+
+    Raises:
+        CheckpointError: there is nothing, or an adapter.
+        DepthmixError: its configuration cannot be loaded.
+    """
+    from depthmix.pretrained import load_config, require_no_adapter
+
+    saved = find_run(arguments.model, arguments.revision)
+    require_no_adapter(saved)
+    return load_config(
+        arguments.model,
+        revision=arguments.revision or "main",
+        trust_remote_code=bool(arguments.trust_remote_code),
     )
 
 

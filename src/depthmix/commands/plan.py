@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from depthmix.carry.saved_run import SavedRun
+from depthmix.commands.model_options import add_base_options, base_config, loading
 from depthmix.commands.parser import Parser, integer, name_or_folder, number
-from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from depthmix.plan.report import Plan
@@ -35,7 +35,7 @@ the prediction is.
 def run(argv: Sequence[str]) -> int:
     """Count and print."""
     arguments = _parser().parse_args(argv)
-    config = _config(arguments.model)
+    config = base_config(arguments)
     plan = _plan(arguments, config)
     if arguments.json:
         print(json.dumps(plan.as_dict(), indent=1))
@@ -76,12 +76,6 @@ def _parser() -> Parser:
         help="share that is supervised (default: 0.5)",
     )
     add(
-        "--dtype",
-        default="bfloat16",
-        choices=["float32", "bfloat16", "float16"],
-        help="of a frozen base, and of the arithmetic (default: bfloat16)",
-    )
-    add(
         "--attn-implementation",
         choices=["sdpa", "eager"],
         help="of attention; eager holds its scores (default: as transformers chooses)",
@@ -89,6 +83,7 @@ def _parser() -> Parser:
     add("--no-checkpointing", action="store_true", help="keep all activations")
     add("--gpus", type=integer(1), default=1, help="number of devices (default: 1)")
     add("--sharding", choices=["none", "fsdp"], default="none", help="of weights over devices")
+    add_base_options(parser, "of a frozen base, and of the arithmetic (default: bfloat16)")
     card = parser.add_mutually_exclusive_group()
     card.add_argument("--gpu", help="say whether it fits this card: t4, l4, a100, h100, ...")
     card.add_argument(
@@ -123,22 +118,17 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _config(name: str) -> PretrainedConfig:
-    from transformers import AutoConfig
+def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
+    """Return the dtype of a name; auto is that of the weights."""
+    import torch
 
-    from depthmix.pretrained import require_no_adapter
-
-    require_no_adapter(SavedRun.find(name))
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {name}: no configuration: {error}") from error
-    return config
+    if name != "auto":
+        named: torch.dtype = getattr(torch, name)
+        return named
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def _plan(arguments: argparse.Namespace, config: PretrainedConfig) -> Plan:
-    import torch
-
     from depthmix.plan.cards import memory_of
     from depthmix.plan.methods import METHODS, Method
     from depthmix.plan.profile import Setting
@@ -152,10 +142,11 @@ def _plan(arguments: argparse.Namespace, config: PretrainedConfig) -> Plan:
         rows=arguments.rows,
         length=arguments.length,
         supervised=arguments.supervised,
-        dtype=getattr(torch, arguments.dtype),
+        dtype=_dtype(arguments.dtype or "bfloat16", config),
         attention=arguments.attn_implementation,
         gpus=arguments.gpus,
         sharded=arguments.sharding == "fsdp",
+        trust_remote_code=bool(arguments.trust_remote_code),
     )
     counted = count(
         config,
@@ -199,7 +190,6 @@ def _checkpointing(arguments: argparse.Namespace) -> Callable[[Any], bool]:
 
 def _check(arguments: argparse.Namespace, config: PretrainedConfig) -> None:
     """Measure the peak of a step with rows of that length and print the error."""
-    import torch
     from peft import LoraConfig
 
     from depthmix.bench.measure import in_fresh_process
@@ -210,7 +200,6 @@ def _check(arguments: argparse.Namespace, config: PretrainedConfig) -> None:
     from depthmix.plan.report import count
     from depthmix.tables import print_figures
 
-    dtype = config.dtype  # in which the weights are loaded
     names = ("lora+mode", "late-lora+mode", "mode")
     counted = count(
         config,
@@ -218,8 +207,9 @@ def _check(arguments: argparse.Namespace, config: PretrainedConfig) -> None:
             rows=arguments.rows,
             length=arguments.length,
             supervised=arguments.supervised,
-            dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+            dtype=_dtype(arguments.dtype or "auto", config),  # in which the weights are loaded
             mixed=False,
+            trust_remote_code=bool(arguments.trust_remote_code),
         ),
         {name: METHODS[name] for name in names},
         k=arguments.k,
@@ -231,7 +221,7 @@ def _check(arguments: argparse.Namespace, config: PretrainedConfig) -> None:
     lengths = [(arguments.length - answer, answer)] * arguments.rows
     rows = []
     for name in names:
-        setting = Measured(arguments.model, lengths, arguments.k)
+        setting = Measured(arguments.model, lengths, arguments.k, loading(arguments))
         measured = in_fresh_process(first_step_allocation, name, setting)
         predicted = counted.bills[name].memory.step
         figures = (f"{predicted / 2**20:.0f}", f"{measured / 2**20:.0f}")

@@ -89,9 +89,10 @@ def _require_method(experiment: Experiment, method: str) -> None:
 
 def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
     version = depthmix.__version__
-    base = SavedRun.find(experiment.model_name_or_path)
-    require_no_adapter(base)
-    model = base.digest()
+    revisions = {
+        method: experiment.options_of(method).get("model_revision") for method in experiment.methods
+    }
+    models = {at: _weights(experiment.model_name_or_path, at) for at in set(revisions.values())}
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
@@ -103,11 +104,19 @@ def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
                     "dataset_format": "prompt_completion",
                     "seed": seed,
                 }
-                identity = digest([version, model, options, training, scored])
+                weights = models[revisions[method]]
+                identity = digest([version, weights, options, training, scored])
                 folder = Path(experiment.output_dir) / "runs" / f"{task}-{method}-{seed}-{identity}"
                 named = {"model_name_or_path": experiment.model_name_or_path, **options}
                 _write(folder, named, training, scored)
                 yield Cell(task, method, seed, folder)
+
+
+def _weights(model: str, revision: str | None) -> str:
+    """Return the digest of a base model's weights."""
+    base = SavedRun.find(model, revision)
+    require_no_adapter(base)
+    return base.digest()
 
 
 _DEFAULTS = {

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -72,6 +72,11 @@ class Experiment:
     tasks: dict[str, Task]
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     split: Split = "test"
+
+    def given(self, flags: Mapping[str, Given]) -> Experiment:
+        """Return the experiment with options of `depthmix train` for all methods; they win."""
+        methods = {name: {**own, **flags} for name, own in self.methods.items()}
+        return replace(self, methods=methods)
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Return the options of `depthmix train` for a method, as they were written."""

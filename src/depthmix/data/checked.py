@@ -122,6 +122,15 @@ def _problems(converted: Iterable[tuple[Part, Dataset]]) -> list[tuple[str, str]
     return found
 
 
+def index_of(rows: Dataset, row: Row) -> int | None:
+    """Return the index, in its part, of the first converted row that is the same as one."""
+    names = [*row, _INDEX]
+    for *values, index in zip(*(rows.data.column(name).to_pylist() for name in names), strict=True):
+        if values == list(row.values()):
+            return int(index)
+    return None
+
+
 def converted_items(items: Iterable[Item], convert: Callable[[Row], T]) -> list[T]:
     """Convert every row here and now, or raise the first problems."""
     converted: list[T] = []

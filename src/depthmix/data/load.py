@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from depthmix.data.checked import (
     converted_items,
     converted_part,
+    index_of,
     made_columns,
     nulls,
     require_no_problem,
 )
+from depthmix.data.fields import Row
 from depthmix.data.files import Item, Part, read_items, read_parts
 from depthmix.data.formats import (
     EXTRAS,
@@ -109,6 +111,19 @@ def load_source(source: Source) -> tuple[Dataset, str]:
     written = rows.data.num_rows  # of which a mixture draws
     unused = [n for n in EXTRAS if n in rows.column_names and nulls(rows, n) == written]
     return rows.remove_columns(unused), name
+
+
+def place_of(row: Row, source: Source) -> str:
+    """Return the file and the position of a row that `load_source` has given.
+
+    Of equal rows it is the first one's, which is as good: what is wrong with one is with the other.
+    """
+    for name in source.names:
+        for part, converted in _load_one(name, source).converted:
+            index = index_of(converted, row)
+            if index is not None:
+                return ": ".join(part.place(index))
+    raise LookupError("the row is of another source")
 
 
 def load_questions(

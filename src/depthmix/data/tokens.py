@@ -27,6 +27,23 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
+class RefusedRow(DataError):
+    """The chat template does not take a row.
+
+    Attributes:
+        row: the row, as `load_source` gave it; `depthmix.data.load.place_of` finds it.
+    """
+
+    row: Row
+
+    @classmethod
+    def of(cls, row: Row, reason: DataError) -> RefusedRow:
+        """Return the error of a row; made here, so that it can be pickled by its message."""
+        refused = cls(str(reason))
+        refused.row = row
+        return refused
+
+
 def tokenised(
     rows: Dataset,
     format: str,
@@ -48,7 +65,8 @@ def tokenised(
         processes: number of processes to tokenise with.
 
     Raises:
-        DataError: the chat template does not take a row.
+        RefusedRow: the chat template does not take a row.
+        DataError: nor the tools of any.
     """
     from datasets import Features, List, Value
 
@@ -56,7 +74,6 @@ def tokenised(
     return rows.map(
         _tokenise,
         batched=True,
-        with_indices=True,
         remove_columns=rows.column_names,
         features=Features({"input_ids": tokens, "labels": tokens}),
         fn_kwargs={
@@ -72,7 +89,6 @@ def tokenised(
 
 def _tokenise(
     batch: Mapping[str, list[Any]],
-    indices: list[int],
     conversations: bool,
     tokenizer: PreTrainedTokenizerBase,
     supervise: Supervise,
@@ -87,11 +103,7 @@ def _tokenise(
                 "the rows have tools, but the chat template leaves them out: give one that renders "
                 "them with chat_template_path, or leave out the column"
             )
-        texts = [
-            text
-            for index, row in zip(indices, rows, strict=True)
-            for text in _rendered(row, index, tokenizer, supervise, parts)
-        ]
+        texts = [text for row in rows for text in _rendered(row, tokenizer, supervise, parts)]
         ids = _ids(tokenizer, [text.text for text in texts], special=False)
     else:
         texts = [_plain(row, supervise) for row in rows]
@@ -102,17 +114,16 @@ def _tokenise(
 
 
 def _rendered(
-    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, supervise: Supervise, parts: bool
+    written: Row, tokenizer: PreTrainedTokenizerBase, supervise: Supervise, parts: bool
 ) -> list[Rendered]:
-    row = {name: json.loads(value) for name, value in row.items() if value is not None}
+    row = {name: json.loads(value) for name, value in written.items() if value is not None}
     prompt = row.get("prompt", [])
     conversation = [*prompt, *(row.get("messages") or row["completion"])]
     render = renderer(tokenizer, row.get("tools"), row.get("chat_template_kwargs"), parts)
     try:
         return supervised(conversation, len(prompt), supervise, render)
     except DataError as error:
-        begin = str(conversation[0].get("content"))[:40]
-        raise DataError(f"row {index + 1} of the training data ({begin!r}): {error}") from None
+        raise RefusedRow.of(written, error) from None
 
 
 def _plain(row: Row, supervise: Supervise) -> Rendered:

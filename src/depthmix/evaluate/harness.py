@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import random
+import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetNotFoundError
-from lm_eval import simple_evaluate
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
+from transformers import set_seed
 
 from depthmix.errors import DataError
 from depthmix.evaluate.replies import ReplyFile, ReplyingLM
@@ -66,19 +70,13 @@ def evaluate(
         add_bos_token=False if chat else None,
     )
     try:
-        found: Any = simple_evaluate(
-            lm if cache is None else ReplyingLM(lm, ReplyFile(cache)),
-            tasks=[
-                task
-                if isinstance(task, str)
-                else ConfigurableTask(config=harness_config(task, scoring, max_new_tokens))
-                for task in tasks
-            ],
-            batch_size=batch_size,
+        # What lm-eval calls simple_evaluate asks git for a commit, of whatever folder this is.
+        found: Any = evaluator.evaluate(
+            lm=lm if cache is None else ReplyingLM(lm, ReplyFile(cache)),
+            task_dict=_loaded(tasks, scoring, max_new_tokens),
             limit=limit,
             bootstrap_iters=1000,
             apply_chat_template=chat,
-            task_manager=_task_manager(any(isinstance(task, str) for task in tasks)),
         )
     except (OSError, DatasetNotFoundError) as error:  # of lm-eval's own tasks: data on the hub
         raise DataError(f"the data of a task cannot be loaded: {error}") from error
@@ -96,6 +94,29 @@ def evaluate(
     return figures, samples
 
 
+def _loaded(tasks: Sequence[LocalTask | str], scoring: Scoring, max_new_tokens: int) -> Any:
+    """Return tasks as lm-eval's evaluation takes them, examples drawn by its default seeds."""
+    set_seed(_SEED)
+    random.seed(0)
+    manager = _task_manager(any(isinstance(task, str) for task in tasks))
+    loaded = manager.load(
+        [
+            task
+            if isinstance(task, str)
+            else ConfigurableTask(config=harness_config(task, scoring, max_new_tokens))
+            for task in tasks
+        ]
+    )
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    return loaded
+
+
+_SEED = 1234
+
+
 def harness_tasks() -> Iterable[str]:
     """Return the names that lm-eval knows: its tasks, groups and tags."""
     names: Iterable[str] = _task_manager(True).all_tasks
@@ -109,7 +130,30 @@ def _task_manager(with_own: bool) -> TaskManager:
 
 
 class _PromptedLM(HFLM):  # type: ignore[misc]
-    """lm-eval's model; a tokenizer that ends every text with EOS does not end prompts with it."""
+    """lm-eval's model, with progress bars at a terminal alone.
+
+    A tokenizer that ends every text with EOS does not end prompts with it.
+    """
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        replies: list[str] = super().generate_until(requests, disable_tqdm or _is_logged())
+        return replies
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        likelihoods: list[tuple[float, bool]] = super().loglikelihood(
+            requests, disable_tqdm or _is_logged()
+        )
+        return likelihoods
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        likelihoods: list[float] = super().loglikelihood_rolling(
+            requests, disable_tqdm or _is_logged()
+        )
+        return likelihoods
 
     def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
         ids: list[int] = super().tok_encode(string, *args, **options)
@@ -125,6 +169,11 @@ class _PromptedLM(HFLM):  # type: ignore[misc]
     @property
     def _appends_eos(self) -> bool:
         return appends_eos(self.tokenizer)
+
+
+def _is_logged() -> bool:
+    """Whether what is said goes to a file, where a bar is drawn over and over."""
+    return not sys.stderr.isatty()
 
 
 def _kept(sample: Results) -> Results:

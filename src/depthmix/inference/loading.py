@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import SavedRun
+from depthmix.errors import ConfigError
 from depthmix.inference.form import Form, end_of_turn
 from depthmix.pretrained import Loading, load_saved, load_tokenizer_of, to_device
 
@@ -28,6 +29,7 @@ def load_for_use(
     """
     tokenizer = load_tokenizer_of(run, base, loading)
     model = to_device(load_saved(run, base, loading))
+    _require_whole_blocks(model)
     model.generation_config.eos_token_id = _ends(model, tokenizer, form)
     return model, tokenizer
 
@@ -36,6 +38,26 @@ def load_tuned(name: str, base: str | None = None) -> tuple[Any, PreTrainedToken
     """Load what `depthmix train` saved and its tokenizer, for inference."""
     run = SavedRun.find(name)
     return load_for_use(run, Form.of(run), base)
+
+
+def _require_whole_blocks(model: Any) -> None:
+    """Refuse layers of 4 bits that bitsandbytes cannot repack for a CPU, as it does on new ones.
+
+    Raises:
+        ConfigError: names the layer.
+    """
+    for name, layer in model.named_modules():
+        if not getattr(layer, "support_avx512bf16_for_cpu", False) or layer.weight.is_cuda:
+            continue
+        if layer.in_features % layer.weight.blocksize or layer.out_features % _REPACKED_ROWS:
+            raise ConfigError(
+                f"--load-in-4bit: bitsandbytes runs layers of {layer.weight.blocksize} x n inputs "
+                f"and {_REPACKED_ROWS} x n outputs on this CPU, and {name} has "
+                f"{layer.in_features} and {layer.out_features}: give --no-load-in-4bit"
+            )
+
+
+_REPACKED_ROWS = 32  # bitsandbytes.functional._convert_weight_packed_for_cpu
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase, form: Form) -> list[int] | None:

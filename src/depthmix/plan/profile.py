@@ -46,6 +46,7 @@ class Setting:
         attention: implementation; None for the one that transformers chooses.
         gpus: number of devices.
         sharded: whether weights, gradients and optimiser states are sharded over them.
+        trust_remote_code: run modelling code that comes with the configuration.
     """
 
     rows: int
@@ -56,6 +57,7 @@ class Setting:
     attention: str | None = None
     gpus: int = 1
     sharded: bool = False
+    trust_remote_code: bool = False
 
     @property
     def tokens(self) -> int:
@@ -113,7 +115,7 @@ def profile_base(config: PretrainedConfig, setting: Setting) -> Base:
         ConfigError: the model cannot be built or run without weights.
     """
     with _told(config):
-        skeleton = build(config, setting.dtype, setting.attention)
+        skeleton = _skeleton(config, setting, setting.dtype)
         skeleton.causal_lm.requires_grad_(False)
         make_fake(skeleton)
         walking = walking_kinds(skeleton)
@@ -144,7 +146,11 @@ def profile_adapter(
 def profile_full(config: PretrainedConfig, base: Base, setting: Setting) -> Profile:
     """Count full fine-tuning: weights in fp32, arithmetic in the setting's dtype."""
     with _told(config):
-        return _profile(build(config, torch.float32, setting.attention), base, setting, None)
+        return _profile(_skeleton(config, setting, torch.float32), base, setting, None)
+
+
+def _skeleton(config: PretrainedConfig, setting: Setting, dtype: torch.dtype) -> Skeleton:
+    return build(config, dtype, setting.attention, setting.trust_remote_code)
 
 
 def _profile(skeleton: Skeleton, base: Base, setting: Setting, note: str | None) -> Profile:
@@ -165,7 +171,7 @@ def _adapted(
     """Put the adapter on, or as much of it as PEFT takes for this model."""
     refusal = ValueError("no adapter fits")
     for changed, note in _made_to_fit(adapter):
-        skeleton = build(config, setting.dtype, setting.attention)
+        skeleton = _skeleton(config, setting, setting.dtype)
         left_out = ("out_proj", "conv1d") if note == _NO_OUT_PROJ else ()
         try:
             tune(skeleton, changed, left_out)

@@ -89,17 +89,26 @@ class Repeat(nn.Module):
         return getattr(self.like[0], name)
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> Skeleton:
+def build(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    trust_remote_code: bool = False,
+) -> Skeleton:
     """Build a model from its configuration, in a moment and in no memory.
 
     Args:
         config: of a causal language model.
         dtype: of the weights.
         attention: implementation; None for the one that transformers chooses.
+        trust_remote_code: run modelling code that comes with the configuration.
     """
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
         )
     layers = _layers(causal_lm)
     sizes = _sizes(causal_lm, layers)

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _UNNAMED = "[None](https://huggingface.co/None)"
+
+
+class BaseNamed(TrainerCallback):
+    """Names the base model in the card that TRL writes with every checkpoint."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name it, so that a run that is stopped has a card without gaps."""
+        if state.is_world_process_zero:
+            name_base(Path(str(args.output_dir)), str(kwargs["model"].config.name_or_path))
 
 
 def name_base(folder: Path, base: str) -> None:

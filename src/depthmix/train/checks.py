@@ -9,7 +9,6 @@ from depthmix.errors import ConfigError, DataError
 from depthmix.train.installed import require_file, require_package
 
 if TYPE_CHECKING:
-    from trl.trainer.model_config import ModelConfig
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -69,7 +68,7 @@ def _require_packages(arguments: TrainArguments) -> None:
     training: Any = arguments.training
     if training.use_liger_kernel:
         require_package("use_liger_kernel", "liger_kernel")
-    _require_quantisation(arguments.model)
+    _require_quantisation(arguments)
     try:
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
@@ -79,15 +78,21 @@ def _require_packages(arguments: TrainArguments) -> None:
     _require_torch(training)
 
 
-def _require_quantisation(options: ModelConfig) -> None:
+def _require_quantisation(arguments: TrainArguments) -> None:
     from trl.trainer.utils import get_quantization_config
 
+    options, training = arguments.model, arguments.training
     if options.load_in_4bit or options.load_in_8bit:
         require_package("load_in_4bit and load_in_8bit", "bitsandbytes")
     try:
         get_quantization_config(options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"load_in_4bit: {error}") from error
+    if options.load_in_4bit and training.eval_strategy != "no" and training.device.type == "cpu":
+        raise ConfigError(
+            "load_in_4bit: on a CPU an evaluation repacks the weights, and gradients are wrong "
+            "after it: set eval_strategy to no, and score the tuned model with depthmix eval"
+        )
 
 
 def _require_optimizer(training: SFTConfig) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthmix.data.counts import TokenCounts, count_tokens
 from depthmix.data.formats import Columns, conversational
-from depthmix.data.load import Source, load_source
+from depthmix.data.load import Source, load_source, place_of
 from depthmix.data.splits import held_out
-from depthmix.data.tokens import tokenised
+from depthmix.data.tokens import RefusedRow, tokenised
 from depthmix.errors import ConfigError, DataError
 from depthmix.pretrained import load_tokenizer
 from depthmix.train.arguments import TrainArguments
@@ -50,20 +52,32 @@ def prepare_data(arguments: TrainArguments) -> TrainingData:
     """
     run, training = arguments.run, arguments.training
     with training.main_process_first(desc="data"):
-        rows, format = load_source(_source(arguments, run.dataset or [], run.dataset_split))
+        source = eval_source = _source(arguments, run.dataset or [], run.dataset_split)
+        rows, format = load_source(source)
         evaluation, eval_format = None, format
         if run.eval_dataset:
-            source = _source(arguments, run.eval_dataset, run.eval_split)
-            evaluation, eval_format = load_source(source)
+            eval_source = _source(arguments, run.eval_dataset, run.eval_split)
+            evaluation, eval_format = load_source(eval_source)
         elif run.validation_split is not None:
             rows, evaluation = held_out(rows, run.validation_split, training.seed)
         tokenizer = _tokenizer(arguments, {format, eval_format})
         how = (tokenizer, run.supervise, training.dataset_num_proc)
-        train = tokenised(rows, format, *how)
+        with _placing(source):
+            train = tokenised(rows, format, *how)
         if evaluation is not None:
-            evaluation = tokenised(evaluation, eval_format, *how)
+            with _placing(eval_source):
+                evaluation = tokenised(evaluation, eval_format, *how)
     counts = count_tokens(train, training.max_length, training.truncation_mode == "keep_end")
     return TrainingData(train, evaluation, len(rows), format, tokenizer, counts)
+
+
+@contextmanager
+def _placing(source: Source) -> Iterator[None]:
+    """Name the file and the line of a row that the chat template refuses."""
+    try:
+        yield
+    except RefusedRow as refused:
+        raise DataError(f"{place_of(refused.row, source)}: {refused}") from None
 
 
 def require_rows(data: TrainingData, arguments: TrainArguments) -> None:

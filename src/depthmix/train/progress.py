@@ -54,10 +54,11 @@ class Lines(TrainerCallback):
         print(line, flush=True)
 
     def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
-        if "train_runtime" in logs:
-            return f"trained {state.global_step} steps in {_clock(logs['train_runtime'])}"
-        parts = [f"step {state.global_step}/{state.max_steps}", *_figures(logs)]
         done = state.global_step - self._first
+        if "train_runtime" in logs:
+            before = f", from step {self._first} on" if self._first else ""
+            return f"trained {done} steps in {_clock(logs['train_runtime'])}{before}"
+        parts = [f"step {state.global_step}/{state.max_steps}", *_figures(logs)]
         if "loss" in logs and done:
             left = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
             parts.append(f"ETA {_clock(left)}")
