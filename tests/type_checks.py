@@ -29,7 +29,7 @@ from depthmix.model.anatomy import Between
 from depthmix.model.runtime import runtime_of
 from models import PLAIN, choose_last_layer, perturb
 from tiny_types import V
-from without_depthmix import FORWARDS, forwards_of
+from without_depthmix import FORWARDS, forwards_of, half
 
 K = 2
 IDS = torch.randint(4, V, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -239,6 +239,8 @@ def exported(base, model, expected, ask):
         if not torch.allclose(again(input_ids=IDS).logits, expected, rtol=0, atol=1e-5):
             return "not checked: transformers does not save this type whole"
         wanted, _ = forwards_of(model)
+        if not torch.allclose(half(again), half(base), rtol=2e-2, atol=5e-2):
+            wanted["bfloat16"] = None  # experts chosen by a hair: rounding makes it another model
         folder = Path(parent) / "exported"
         try:
             export_model(model, NoTokenizer(), folder)

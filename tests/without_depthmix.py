@@ -29,8 +29,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
+
+from operations import Operations
 
 IDS = torch.randint(4, 97, (2, 7), generator=torch.Generator().manual_seed(0))
 NEW = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -83,19 +84,6 @@ def without_depthmix():
 
         yield ask
         process.stdin.close()
-
-
-class Operations(TorchDispatchMode):
-    """Lists what is computed; views compute nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view:
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def operations_of_mixture(model):
