@@ -107,7 +107,9 @@ def test_command(tiny, rows, tmp_path, capsys):
     assert main(["export", str(tmp_path / "tuned"), str(tmp_path / "out")]) == 0
     assert "trust_remote_code=True" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_depthmix.DepthMixForCausalLM"
+    assert (
+        config["auto_map"]["AutoModelForCausalLM"] == "modeling_depthmix.DepthMixLlamaForCausalLM"
+    )
     assert "depthmix.spec" not in (tmp_path / "out/model.safetensors").read_bytes()[:20000].decode(
         "latin1"
     )

@@ -21,7 +21,7 @@ _IMPORT = "from transformers.models.llama.modeling_llama import LlamaForCausalLM
 # Where the causal model calls not its trunk but a part of it (OPT, BART), that part mixes, and the
 # trunk has a class that holds it.
 _HOLDER = '''
-class DepthMixHolder({cls}):
+class DepthMix{cls}({cls}):
     """{cls} around the model without its head."""
 
     _keep_in_fp32_modules_strict = {{"depthmix"}}
@@ -33,7 +33,7 @@ class DepthMixHolder({cls}):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.{name} = DepthMixModel(config)
+        self.{name} = DepthMix{inner}(config)
         self.post_init()
 
 '''
@@ -86,20 +86,19 @@ class Names:
         """Return those in a file of modelling code; None where it is not of our making."""
         imports = re.findall(r"^from transformers\.[\w.]+ import [\w, ]+$", code, re.MULTILINE)
         places = re.findall(r"^        self\.(\w+) = DepthMix\w+\(config\)$", code, re.MULTILINE)
-        bases = dict(re.findall(r"^class DepthMix(\w+)\((\w+)\):$", code, re.MULTILINE))
-        if "Model" not in bases or "ForCausalLM" not in bases:
+        found = re.findall(r"^class DepthMix(\w+)\(\1\):$", code, re.MULTILINE)
+        if len(found) < 2 or len(places) != len(found) - 1:
             return None
-        path = tuple(reversed(places)) if "Holder" in bases else tuple(places)
-        classes = tuple(bases[name] for name in ("Holder", "Model") if name in bases)
-        return cls("\n".join(imports), bases["ForCausalLM"], path, classes)
+        inner, *holder, host = found
+        path = [*reversed(places)] if holder else places
+        return cls("\n".join(imports), host, tuple(path), (*holder, inner))
 
     @property
     def auto_map(self) -> dict[str, str]:
         """What `config.json` says of the classes."""
-        trunk = "DepthMixHolder" if len(self.path) > 1 else "DepthMixModel"
         return {
-            "AutoModel": f"{MODULE}.{trunk}",
-            "AutoModelForCausalLM": f"{MODULE}.DepthMixForCausalLM",
+            "AutoModel": f"{MODULE}.DepthMix{self.classes[0]}",
+            "AutoModelForCausalLM": f"{MODULE}.DepthMix{self.host}",
         }
 
     @cached_property
@@ -107,14 +106,16 @@ class Names:
         """The file."""
         text = _TEMPLATE.read_text("utf-8").replace(_IMPORT, self.imports)
         text = text.replace("VERSION", depthmix.__version__)
-        trunk = self.auto_map["AutoModel"].partition(".")[2]
-        text = text.replace("self.model = DepthMixModel", f"self.{self.path[0]} = {trunk}")
+        trunk = f"self.{self.path[0]} = DepthMix{self.classes[0]}("
+        text = text.replace("self.model = DepthMixLlamaModel(", trunk)
         names = {"LlamaForCausalLM": self.host, "LlamaModel": self.classes[-1]}
-        text = re.sub(r"\bLlama(?:ForCausalLM|Model)\b", lambda found: names[found[0]], text)
+        # Not one after the other: a name may be part of the other one.
+        text = re.sub("|".join(names), lambda found: names[found[0]], text)
         if len(self.path) == 1:
             return text
-        holder = _HOLDER.format(cls=self.classes[0], name=self.path[1])
-        before, mark, after = text.partition("\nclass DepthMixForCausalLM")
+        outer, inner = self.classes
+        holder = _HOLDER.format(cls=outer, name=self.path[1], inner=inner)
+        before, mark, after = text.partition(f"\nclass DepthMix{self.host}(")
         return f"{before}{holder}{mark}{after}"
 
 

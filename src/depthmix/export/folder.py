@@ -136,7 +136,7 @@ def _built(
     for name, tensor in parameters.items():
         weights[f"{trunk}.{MODULE_NAME}.{name}"] = nn.Parameter(tensor, requires_grad=False)
     with init_empty_weights(include_buffers=False):
-        exported = run_code(file).DepthMixForCausalLM(config)
+        exported = getattr(run_code(file), f"DepthMix{names.host}")(config)
     exported.load_state_dict(weights, assign=True)
     exported.tie_weights()
     exported.generation_config = host.generation_config

@@ -75,7 +75,7 @@ class DepthMixture(nn.Module):
         return logits.softmax(dim=-1)
 
 
-class DepthMixModel(LlamaModel):
+class DepthMixLlamaModel(LlamaModel):
     """The model without its head, whose `last_hidden_state` is the mixture."""
 
     _keep_in_fp32_modules_strict = {"depthmix"}
@@ -117,7 +117,7 @@ class DepthMixModel(LlamaModel):
         return output
 
 
-class DepthMixForCausalLM(LlamaForCausalLM):
+class DepthMixLlamaForCausalLM(LlamaForCausalLM):
     """The model with its head."""
 
     _keep_in_fp32_modules_strict = {"depthmix"}
@@ -129,7 +129,7 @@ class DepthMixForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.model = DepthMixModel(config)
+        self.model = DepthMixLlamaModel(config)
         self.post_init()
 
     @functools.wraps(LlamaForCausalLM.forward)
