@@ -14,7 +14,9 @@ import copy
 import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,7 +30,8 @@ import depthmix
 from depthmix.errors import DepthmixError
 from models import PLAIN, randomise
 from tiny_types import tiny_config
-from type_checks import CHECKS, IDS, K
+from type_checks import CHECKS, IDS, K, exported
+from without_depthmix import without_depthmix
 
 DOCS = Path(__file__).parents[1] / "docs"
 MOST_PARAMETERS = 10_000_000
@@ -36,14 +39,15 @@ MOST_PARAMETERS = 10_000_000
 
 @dataclass
 class Result:
-    """What came out for a type: ok, refused, failed or not built, and why."""
+    """What came out for a type: ok, refused, failed or not built, and why; of an export apart."""
 
     status: str
     reason: str = ""
+    export: str = ""
 
 
-def check(model_type: str) -> Result:
-    """Build a tiny model and run all checks."""
+def check(model_type: str, ask: Callable[[Path], dict]) -> Result:
+    """Build a tiny model and run all checks; `ask` a process without depthmix for the export."""
     torch.manual_seed(0)
     try:
         config = tiny_config(model_type)
@@ -63,14 +67,15 @@ def check(model_type: str) -> Result:
         model = depthmix.attach(copy.deepcopy(base), depthmix.MoDEConfig(k=K, **PLAIN))
     except DepthmixError as error:
         return Result("refused", _short(error))
-    for name, run in CHECKS.items():
+    export = ""
+    for name, run in {**CHECKS, "export": partial(exported, ask=ask)}.items():
         try:
-            run(base, copy.deepcopy(model), expected)
+            export = run(base, copy.deepcopy(model), expected)
         except DepthmixError as error:
             return Result("refused", f"{name}: {_short(error)}")
         except Exception as error:
             return Result("failed", f"{name}: {_short(error)}")
-    return Result("ok")
+    return Result("ok", export=export)
 
 
 def _short(error: BaseException) -> str:
@@ -92,9 +97,10 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     results: dict[str, Result] = {}
-    for name in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        results[name] = check(name)
-        print(f"{name}: {results[name].status} {results[name].reason}", flush=True)
+    with without_depthmix() as ask:
+        for name in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            results[name] = result = check(name, ask)
+            print(f"{name}: {result.status} {result.reason} {result.export}", flush=True)
     counts = {s: sum(r.status == s for r in results.values()) for s in _STATES}
     print(counts)
     if not arguments.types:
@@ -105,11 +111,13 @@ OK = """\
 ok: with the gate on the last layer the logits are the base model's bit for bit; the mixture is the
 gated sum of the heads; loss and gradients are the naive ones, and with the last layer alone and no
 distillation the loss is the model's own, router logits on and off; eight threads and an exception
-in mid-forward change nothing; LoRA that has learned nothing on the head changes nothing; exported
-and loaded without depthmix, the logits are the same (or the export is refused: models in which
-more than a final norm lies between layers and head); the cache and left padding change nothing
-(where they change nothing for the base model); saved and loaded, the logits are the same.
-refused: `attach` raises, with the reason."""
+in mid-forward change nothing; LoRA that has learned nothing on the head changes nothing; the cache
+and left padding change nothing (where they change nothing for the base model); saved and loaded,
+the logits are the same. refused: `attach` raises, with the reason.
+
+export: whether `depthmix export` writes the type. yes: where depthmix cannot be imported, the
+folder gives the logits, the tokens generated with a cache and after left padding, and the logits
+in bfloat16 that the model gives. Other types are refused by name."""
 _STATES = ("ok", "refused", "failed", "not built")
 
 
@@ -123,15 +131,23 @@ def write(results: dict[str, Result], counts: dict[str, int], folder: Path) -> N
         f"Types of transformers {transformers.__version__}, each checked as a "
         "tiny random model by `make models`: "
         + ", ".join(f"{count} {state}" for state, count in counts.items())
-        + ".",
+        + f". {sum(r.export == 'yes' for r in results.values())} are exported.",
         "",
         OK,
         "",
-        "| type | status | reason |",
-        "|---|---|---|",
-        *(f"| {n} | {r.status} | {r.reason.replace('|', '/')} |" for n, r in results.items()),
+        "| type | status | export | reason |",
+        "|---|---|---|---|",
+        *(f"| {n} | {r.status} | {_brief(r.export)} | {_reason(r)} |" for n, r in results.items()),
     ]
     (folder / "models.md").write_text("\n".join(lines) + "\n")
+
+
+def _brief(export: str) -> str:
+    return export.partition(":")[0]
+
+
+def _reason(result: Result) -> str:
+    return (result.reason or result.export.partition(": ")[2]).replace("|", "/")
 
 
 if __name__ == "__main__":

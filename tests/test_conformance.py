@@ -3,6 +3,7 @@
 import pytest
 
 from conformance import check
+from without_depthmix import without_depthmix
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "mixtral"),
@@ -12,8 +13,21 @@ FAMILIES = (
 )
 
 
+NOT_EXPORTED = ("bert",)
+
+
+@pytest.fixture(scope="module")
+def ask():
+    with without_depthmix() as ask:
+        yield ask
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_all_checks_hold(model_type):
-    result = check(model_type)
+def test_all_checks_hold(model_type, ask):
+    result = check(model_type, ask)
     assert (result.status, result.reason) == ("ok", "")
+    if model_type in NOT_EXPORTED:
+        assert result.export.startswith("refused: ")
+    else:
+        assert result.export == "yes"

@@ -29,6 +29,7 @@ from depthmix.model.anatomy import Between
 from depthmix.model.runtime import runtime_of
 from models import PLAIN, choose_last_layer, perturb
 from tiny_types import V
+from without_depthmix import FORWARDS, forwards_of, half
 
 K = 2
 IDS = torch.randint(4, V, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -225,24 +226,40 @@ class NoTokenizer:
         """Save nothing."""
 
 
-def export(base, model, expected):
-    """Loaded without depthmix, the logits are the same; or the export is refused."""
+def near(found, wanted, share):
+    """Whether two tensors differ by that share of their spread at most, on average."""
+    found, wanted = found.float(), wanted.float()
+    return (found - wanted).abs().mean() <= share * wanted.std()
+
+
+def exported(base, model, expected, ask):
+    """What an exported folder gives where depthmix cannot be imported is what the model gives.
+
+    Logits, and in bfloat16; generation with a cache; a batch that is padded on the left. Returns
+    "yes", or why there is no such folder.
+    """
     perturb(model.depthmix)
-    stacked = model.depthmix_runtime.anatomy.between is Between.MODULES
     with tempfile.TemporaryDirectory() as parent, torch.no_grad():
-        folder = Path(parent) / "exported"
-        if stacked:
-            with pytest.raises(ConfigError, match="more than a final norm"):
-                export_model(model, NoTokenizer(), folder)
-            return
         base.save_pretrained(Path(parent) / "base")
         again = AutoModelForCausalLM.from_pretrained(Path(parent) / "base").eval()
         if not torch.allclose(again(input_ids=IDS).logits, expected, rtol=0, atol=1e-5):
-            return  # transformers itself loses something
-        wanted = model(input_ids=IDS).logits
-        export_model(model, NoTokenizer(), folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        torch.testing.assert_close(loaded.eval()(input_ids=IDS).logits, wanted, rtol=0, atol=1e-5)
+            return "not checked: transformers does not save this type whole"
+        wanted, _ = forwards_of(model)
+        if not near(half(again), half(base), 0.02):
+            wanted["bfloat16"] = None  # experts chosen by a hair: rounding makes it another model
+        folder = Path(parent) / "exported"
+        try:
+            export_model(model, NoTokenizer(), folder)
+        except ConfigError as error:
+            return f"refused: {error}"
+        found = ask(folder)
+    for name in FORWARDS:
+        if wanted[name] is None:
+            continue  # nor does the model do it
+        assert found[name] is not None, f"{name}: {found['errors'][name]}"
+        share = 0.02 if name == "bfloat16" else 1e-5
+        assert near(found[name], wanted[name], share), f"{name} differs from the attached model's"
+    return "yes"
 
 
 def generation_with_and_without_cache(base, model, expected):
@@ -303,7 +320,6 @@ CHECKS = {
     "threads": eight_threads,
     "exception": exception_in_mid_forward,
     "LoRA on the head": lora_on_the_head,
-    "export": export,
     "generation": generation_with_and_without_cache,
     "left padding": left_padding,
     "save and load": save_and_load,

@@ -257,7 +257,7 @@ def _with_adapter(model: Any, run: SavedRun, is_trainable: bool) -> Any:
 
 def _exported(run: SavedRun, options: dict[str, Any]) -> Any:
     """Load an exported folder by the code in it, once it is known to be ours."""
-    from depthmix.export.folder import is_own_code
+    from depthmix.export.code import is_own_code
 
     if not (options["trust_remote_code"] or is_own_code(run.folder)):
         raise CheckpointError(

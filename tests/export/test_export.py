@@ -1,67 +1,37 @@
 """The exported folder in a process without depthmix gives the same logits and replies."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import depthmix
 from depthmix.cli import main
 from depthmix.errors import ConfigError, DepthmixError
+from depthmix.export.code import is_own_code
 from depthmix.export.folder import export_model
 from models import perturb, tiny_model
+from without_depthmix import IDS, forwards_of, without_depthmix
 
-IDS = torch.randint(4, 97, (2, 9), generator=torch.Generator().manual_seed(5))
-CONFIGS = {
-    "default": {},
-    "paper": {"adaptation": "norm", "router_prior": None, "k": 3},
-    "affine": {"adaptation": "affine", "router_top_k": 2, "router_input": "all"},
-    "none": {"adaptation": "none", "k": 2, "router_input": "first"},
+CASES = {
+    "default": ("llama", {}),
+    "paper": ("llama", {"adaptation": "norm", "router_prior": None, "k": 3}),
+    "affine": ("llama", {"adaptation": "affine", "router_top_k": 2, "router_input": "all"}),
+    "none": ("llama", {"adaptation": "none", "k": 2, "router_input": "first"}),
+    "soft cap": ("gemma2", {}),
+    "scale": ("granite", {}),
+    "tied": ("qwen2", {}),
+    "biased head": ("phi", {}),
+    "other names": ("gpt_neox", {}),
+    "trunk within": ("opt", {}),
 }
-SCRIPT = """
-import sys, json, torch
-class Blocker:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "depthmix":
-            raise ImportError("depthmix is not installed here")
-sys.meta_path.insert(0, Blocker())
-from transformers import AutoModelForCausalLM
-folder, out, dtype = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, dtype=getattr(torch, dtype)
-).eval()
-assert {p.dtype for p in model.depthmix.parameters()} == {torch.float32}
-ids = torch.load(out)
-with torch.no_grad():
-    logits = model(ids).logits
-    reply = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    plain = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=False)
-assert torch.equal(reply, plain)
-model.save_pretrained(folder + "-again")
-torch.save({"logits": logits, "reply": reply}, out)
-"""
 
 
 class NoTokenizer:
     def save_pretrained(self, folder):
         pass
-
-
-def in_another_process(folder, tmp_path, dtype="float32"):
-    out = tmp_path / "out.pt"
-    torch.save(IDS, out)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(out), dtype],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(out)
 
 
 def tuned(model_type, **config):
@@ -75,34 +45,60 @@ def tuned(model_type, **config):
     return model
 
 
-@pytest.mark.parametrize(
-    ("model_type", "config"),
-    [*(("llama", name) for name in CONFIGS), ("gemma2", "default"), ("opt", "default")],
-)
-def test_logits_are_the_same_without_depthmix(model_type, config, tmp_path):
-    model = tuned(model_type, **CONFIGS[config])
-    with torch.no_grad():
-        unmerged = model(IDS).logits
-    export_model(model, NoTokenizer(), tmp_path / "exported")
-    with torch.no_grad():
-        merged = model.get_base_model()(IDS).logits
-    found = in_another_process(tmp_path / "exported", tmp_path)
-    assert torch.equal(found["logits"], merged)
-    torch.testing.assert_close(merged, unmerged, rtol=1e-3, atol=1e-3)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For every case: the merged model, what the folder gives in another process, the folder."""
+    parent = tmp_path_factory.mktemp("exports")
+    cases = {}
+    with torch.no_grad(), without_depthmix() as ask:
+        for name, (model_type, config) in CASES.items():
+            model = tuned(model_type, **config)
+            unmerged = model(IDS).logits
+            export_model(model, NoTokenizer(), parent / name)
+            merged = model.get_base_model()
+            torch.testing.assert_close(merged(IDS).logits, unmerged, rtol=1e-3, atol=1e-3)
+            cases[name] = merged, ask(parent / name, whole=True), parent / name
+    return cases
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_bf16(tmp_path):
-    """Against depthmix on the exported weights, read in the same dtype."""
-    model = tuned("llama")
-    mixture = model.get_base_model().depthmix.modules_to_save["default"]
-    export_model(model, NoTokenizer(), tmp_path / "exported")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.bfloat16).eval()
-    depthmix.attach(base, mixture.config).depthmix.load_state_dict(mixture.state_dict())
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_model_without_depthmix(exported, case):
+    model, found, folder = exported[case]
     with torch.no_grad():
-        expected = base(IDS).logits
-    found = in_another_process(tmp_path / "exported", tmp_path, "bfloat16")
-    assert torch.equal(found["logits"], expected)
+        wanted, _ = forwards_of(model)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    logits = wanted["logits"]
+    torch.testing.assert_close(found["logits"], logits, **close)
+    torch.testing.assert_close(found["last"], logits[:, -1:], **close)
+    torch.testing.assert_close(found["by position"], logits[:, [2, 5]], **close)
+    torch.testing.assert_close(found["compiled"], logits, **close)
+    torch.testing.assert_close(found["again"], logits, **close)
+    torch.testing.assert_close(found["bfloat16"], wanted["bfloat16"], rtol=2e-2, atol=5e-2)
+    for tokens in ("generation", "left padding"):
+        assert torch.equal(found[tokens], wanted[tokens])
+    assert torch.equal(found["without cache"], found["generation"])
+    assert torch.equal(found["trunk"], found["of the model"])
+    assert torch.equal(found["trunk again"], found["trunk"])
+    assert found["dtypes"] == {"torch.float32"}
+    assert is_own_code(folder)
+
+
+@pytest.mark.parametrize("case", ["default", "paper", "soft cap"])
+def test_a_token_costs_at_most_eight_operations(exported, case):
+    operations = exported[case][1]["operations"]
+    assert 6 <= len(operations) <= 8, operations
+
+
+def test_requests_of_unlike_lengths_in_one_batch(exported):
+    """By the continuous batching of transformers."""
+    _, _, folder = exported["default"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    prompts = [IDS[0, :length].tolist() for length in (2, 7, 4)]
+    how = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=96, pad_token_id=0)
+    batch = model.generate_batch(inputs=prompts, generation_config=how)
+    for prompt, reply in zip(prompts, batch.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=how)
+        assert reply.generated_tokens == alone[0, len(prompt) :].tolist()
 
 
 def test_command(tiny, rows, tmp_path, capsys):
@@ -111,13 +107,17 @@ def test_command(tiny, rows, tmp_path, capsys):
     assert main(["export", str(tmp_path / "tuned"), str(tmp_path / "out")]) == 0
     assert "trust_remote_code=True" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_depthmix.DepthMixForCausalLM"
+    assert (
+        config["auto_map"]["AutoModelForCausalLM"] == "modeling_depthmix.DepthMixLlamaForCausalLM"
+    )
     assert "depthmix.spec" not in (tmp_path / "out/model.safetensors").read_bytes()[:20000].decode(
         "latin1"
     )
     record = (tmp_path / "out/depthmix.yaml").read_text()
     assert "dataset_format: prompt_completion" in record  # so that it is asked as it was tuned
     AutoTokenizer.from_pretrained(tmp_path / "out")
+    ask = pipeline("text-generation", model=str(tmp_path / "out"), trust_remote_code=True)
+    assert ask("w5 w6", max_new_tokens=2)[0]["generated_text"].startswith("w5 w6")
     assert main(["export", str(tmp_path / "tuned"), str(tmp_path / "out")]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", tiny, str(tmp_path / "x")]) == 1

@@ -129,14 +129,20 @@ class LayerAdaptation(nn.Module):
         if self._adaptation == "none":
             return normed
         dtype = normed.dtype
-        adapted = normed * (1 + self.scale)
+        adapted = torch.addcmul(normed, normed, self.scale.to(dtype))
+        if self._adaptation == "norm":
+            return adapted
         if self._adaptation == "affine":
-            mapped = torch.einsum("...kd,kde->...ke", normed, self.map.to(dtype))
-            adapted = adapted + mapped + self.bias
-        if self._adaptation == "low_rank":
-            inner = torch.einsum("...kd,kdr->...kr", normed, self.down.to(dtype))
-            adapted = adapted + torch.einsum("...kr,kre->...ke", inner, self.up.to(dtype))
-        return adapted
+            adapted = adapted + self.bias
+        k, d = normed.shape[-2:]
+        rows = normed.movedim(-2, 0).reshape(k, -1, d)  # one product for the maps of all layers
+        onto = adapted.movedim(-2, 0).reshape(k, -1, d)
+        if self._adaptation == "affine":
+            mapped = torch.baddbmm(onto, rows, self.map.to(dtype))
+        else:
+            inner = torch.bmm(rows, self.down.to(dtype))
+            mapped = torch.baddbmm(onto, inner, self.up.to(dtype))
+        return mapped.view(k, *normed.shape[:-2], d).movedim(0, -2)
 
 
 class Router(nn.Module):

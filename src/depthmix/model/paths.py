@@ -183,4 +183,5 @@ def _put(whole: Tensor, keep: slice | Tensor, mixed: Tensor) -> Tensor:
         # Of any integer type, negative or a mask: what a model indexes its states with.
         positions = torch.arange(whole.shape[1], device=whole.device)[keep]
         return whole.index_copy(1, positions, mixed)
-    return torch.cat([whole[:, : -mixed.shape[1]], mixed], dim=1)
+    others = whole.shape[1] - mixed.shape[1]
+    return torch.cat([whole[:, :others], mixed], dim=1) if others else mixed

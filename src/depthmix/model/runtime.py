@@ -190,7 +190,9 @@ class Runtime:
             return  # gradient checkpointing runs the layer once more, in the backward pass
         state = first_tensor(output)
         if forward.keep is not None and state is not None:
-            state = state[:, forward.keep].clone()  # the other positions need not be held
+            kept = state[:, forward.keep]
+            # The other positions, where there are any, need not be held.
+            state = kept if kept.shape == state.shape else kept.clone()
         forward.states[place], forward.with_grad[place] = state, torch.is_grad_enabled()
 
     def after_forward(
