@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "score a model on arithmetic and commonsense tasks",
     "compare": "compare tuning methods over seeds and tasks",
     "bench": "measure time and memory against what one would use instead",
+    "probe": "measure every layer on a task, and recommend how deep to tune",
     "plan": "tell what tuning a model takes, without its weights",
     "cache": "list or clear cached states",
     "info": "show what MoDE finds in a model, or what an adapter holds",

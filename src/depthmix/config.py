@@ -31,7 +31,10 @@ class MoDEConfig:
     """
 
     k: int = field(
-        default=3, metadata=_help("Number of late layers in the ensemble, the last one included.")
+        default=3,
+        metadata=_help(
+            "Number of late layers in the ensemble, the last one included; in train, also auto."
+        ),
     )
     distill_weight: float = field(
         default=0.1,

@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from depthmix.analysis.batches import padded, targets
+from depthmix.data.tokens import IGNORED
 from depthmix.model.active import host_of
 from depthmix.model.runtime import RUNTIME_NAME, runtime_of
 
 Row = dict[str, str]
-IGNORED = -100
 
 
 @dataclass
@@ -114,15 +115,10 @@ def collate(
     rows: Sequence[tuple[list[int], int]], device: torch.device
 ) -> dict[str, Int[Tensor, "b t"]]:
     """Return ids, mask and labels (b, t), padded on the right; prompts are not labelled."""
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-    for i, (tokens, prompt) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return padded(
+        [{"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]} for ids, prompt in rows],
+        device,
+    )
 
 
 class _LayerSums:
@@ -168,7 +164,7 @@ def _predict(
     model: nn.Module, batch: dict[str, Tensor], sums: _LayerSums
 ) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
     """Return logits and labels of the supervised tokens; with MoDE, add its layers to `sums`."""
-    labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+    labels = targets(batch["labels"])
     supervised = labels != IGNORED
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
     host = host_of(model)
@@ -184,11 +180,12 @@ def _predict(
     finally:
         handle.remove()
     states, gate = mixture.adapt(kept[0][supervised])
-    sums.add(_layer_logits(host, states), gate, labels[supervised])
+    sums.add(head_logits(host, states), gate, labels[supervised])
     return logits[supervised].float(), labels[supervised]
 
 
-def _layer_logits(host: Any, states: Float[Tensor, "n k d"]) -> Float[Tensor, "n k v"]:
+def head_logits(host: Any, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+    """Return what an attached model predicts, in fp32, from states behind the final norm."""
     anatomy = vars(host)[RUNTIME_NAME].anatomy
     head = host.get_output_embeddings()
     raw = head((states * anatomy.head_scale).to(host.dtype)).float()

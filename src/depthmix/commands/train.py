@@ -34,8 +34,10 @@ def run(argv: Sequence[str]) -> int:
 
 def train(arguments: TrainArguments) -> int:
     """Train, save and say where the result is."""
+    from depthmix.probe.settle import settled
+
     folder = Path(str(arguments.training.output_dir))
-    trainer = fit(arguments)
+    trainer = fit(settled(arguments))
     with write_errors():
         output.save(folder, trainer)
     if trainer.is_world_process_zero():

@@ -19,6 +19,7 @@ from depthmix.compare.engine import RESULT, SCORED_ROWS, TRAIN
 from depthmix.errors import DepthmixError, Stopped
 from depthmix.files import write_text
 from depthmix.pretrained import ignore_renamed_properties
+from depthmix.probe.settle import settled
 from depthmix.provenance import versions
 from depthmix.train import output
 from depthmix.train.arguments import parse
@@ -31,7 +32,7 @@ def run(folder: Path) -> int:
     rows = [json.loads(line) for line in (folder / SCORED_ROWS).read_text("utf-8").splitlines()]
     curve = Curve(rows)
     try:
-        trainer = fit(arguments, [curve])
+        trainer = fit(settled(arguments), [curve])
     except Stopped as stop:
         return stop.status
     model: Any = trainer.model

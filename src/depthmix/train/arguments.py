@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
 
+# Options that may be "auto", with what stands in for them until a probe has settled them.
+AUTO = {"k": str(MoDEConfig.k), "tuned_layers": "half"}
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     """Everything a training run is told, typed and with depthmix's defaults filled in.
@@ -37,6 +41,8 @@ class TrainArguments:
         model: TRL's options for loading the model and for LoRA.
         training: TRL's and the Trainer's options.
         chosen: what the user or depthmix chose for TRL's fields; the others have TRL's defaults.
+        auto: options of `AUTO` that a probe is to settle (`depthmix.probe.settle`).
+        probed: what the probe found, for the record of the run.
     """
 
     run: RunOptions
@@ -44,6 +50,8 @@ class TrainArguments:
     model: ModelConfig
     training: SFTConfig
     chosen: dict[str, Any]
+    auto: tuple[str, ...] = ()
+    probed: dict[str, Any] | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Return the flat mapping that reproduces this run as a YAML file."""
@@ -69,7 +77,10 @@ def resolve(given: Mapping[str, Given]) -> TrainArguments:
     Raises:
         ConfigError: a key is unknown or a value does not fit; the message names the place.
     """
+    auto, given = _without_auto(given)
     run, mode, rest = split_own(given)
+    if "k" in auto and not run.mode:
+        raise ConfigError("k: auto chooses the layers of MoDE, and mode is false: leave one out")
     model, training, chosen = trl_options(run, rest)
     for name, value in (
         ("model_name_or_path", model.model_name_or_path),
@@ -84,7 +95,14 @@ def resolve(given: Mapping[str, Given]) -> TrainArguments:
         )
     if training.eval_strategy == "no" and "eval_steps" in chosen:
         raise ConfigError("eval_steps is set, but nothing is evaluated: give eval_dataset")
-    return TrainArguments(run, mode, model, training, chosen)
+    return TrainArguments(run, mode, model, training, chosen, auto)
+
+
+def _without_auto(given: Mapping[str, Given]) -> tuple[tuple[str, ...], dict[str, Given]]:
+    """Return the names of the options that are auto, and the options with stand-ins for them."""
+    auto = tuple(name for name in AUTO if name in given and given[name].text == "auto")
+    stand_ins = {name: dataclasses.replace(given[name], text=AUTO[name]) for name in auto}
+    return auto, {**given, **stand_ins}
 
 
 def read(argv: Sequence[str]) -> dict[str, Given]:

@@ -41,6 +41,8 @@ def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) ->
     from depthmix.train.interrupt import stopping_on_signals
 
     folder = Path(str(arguments.training.output_dir))
+    if arguments.auto:
+        raise ConfigError(f"{arguments.auto[0]} auto: settle it first (depthmix.probe.settle)")
     require_possible(arguments)
     checkpoint = output.prepare(folder, arguments)
     hub = _hub(arguments)
@@ -75,7 +77,7 @@ def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
 
     set_seed(arguments.training.seed)  # adapters begin with random numbers
     try:
-        base = load_base(str(arguments.model.model_name_or_path), **_loading_options(arguments))
+        base = load_base(str(arguments.model.model_name_or_path), **loading_options(arguments))
     except TypeError as error:  # an option that the model's class does not have
         raise ConfigError(f"model_init_kwargs: {error}") from error
     model = tune(base, arguments.run, arguments.mode, arguments.model)
@@ -126,8 +128,8 @@ def _prompt_tokens(arguments: TrainArguments) -> int:
     return run.num_virtual_tokens if run.method == "prompt_tuning" else 0
 
 
-def _loading_options(arguments: TrainArguments) -> dict[str, Any]:
-    """Return what `from_pretrained` is to be told, as TRL would tell it."""
+def loading_options(arguments: TrainArguments) -> dict[str, Any]:
+    """Return what `from_pretrained` is to be told, as TRL would tell it; uses the options up."""
     from accelerate import PartialState
     from trl.trainer.utils import get_quantization_config
 

@@ -36,6 +36,8 @@ def write_record(folder: Path, arguments: TrainArguments, trainer: SFTTrainer) -
         },
         "options": effective_options(arguments),
     }
+    if arguments.probed:
+        facts["probe"] = arguments.probed
     write_text(folder / RECORD_NAME, json.dumps(facts, indent=1, default=_plain))
 
 

@@ -17,6 +17,7 @@ from depthmix.data.template import TEMPLATES
 from depthmix.errors import ConfigError, shown
 
 Method = Literal["lora", "dora", "ia3", "vera", "prompt_tuning", "full", "none"]
+RESTRICTABLE = ("lora", "dora", "ia3", "vera")  # to some of the layers
 
 
 def _help(text: str) -> dict[str, str]:
@@ -123,7 +124,8 @@ class RunOptions:
         default=None,
         metadata=_help(
             "How many of the last layers carry the adapter: a number, a share such as 0.5, half or "
-            "all (default). No backward pass runs below them. Apart from k."
+            "all (default), or auto, as `depthmix probe` recommends. No backward pass runs below "
+            "them. Apart from k."
         ),
     )
     budget: Literal["full", "half", "light"] | None = field(
@@ -203,7 +205,7 @@ class RunOptions:
             raise ConfigError("late_layers_only is short for tuned_layers = k: give one of them")
         name = "late_layers_only" if self.late_layers_only else "tuned_layers"
         restricted = self.late_layers_only or self.tuned_layers is not None
-        if restricted and self.method not in ("lora", "dora", "ia3", "vera"):
+        if restricted and self.method not in RESTRICTABLE:
             raise ConfigError(f"{name} needs lora, dora, ia3 or vera, not {self.method}")
         if self.tuned_layers is not None and not _DEPTH.fullmatch(self.tuned_layers):
             raise ConfigError(
