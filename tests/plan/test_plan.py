@@ -126,8 +126,8 @@ def test_checkpointing_keeps_what_enters_layers_and_runs_forward_twice():
     assert checked.memory.activations < 0.5 * kept.memory.activations
     again = checked.flops.backward - kept.flops.backward
     assert again == pytest.approx(kept.flops.forward, rel=0.1)
-    assert RunOptions(method="lora").tunes_all_layers
-    assert not RunOptions(method="lora", late_layers_only=True).tunes_all_layers
+    assert RunOptions(method="lora", tuned_layers="half").tunes_many_layers
+    assert not RunOptions(method="lora", late_layers_only=True).tunes_many_layers
 
 
 def test_scores_are_memory_only_where_attention_holds_them():

@@ -26,9 +26,9 @@ lora: on all layers; half: on the upper half; light: of rank 1 on the upper half
 k late layers; +mode, mode: MoDE with it, or alone; full: every parameter is trained.
 
 Only the configuration of the model is read. Assumed is what `depthmix train` does on a GPU by
-default: a frozen base in bf16, adapters in fp32, gradient checkpointing where all layers are tuned.
---check measures a training step on this machine, which loads the weights, and prints how far off
-the prediction is.
+default: a frozen base in bf16, adapters in fp32, gradient checkpointing where more than the k late
+layers are tuned. --check measures a training step on this machine, which loads the weights, and
+prints how far off the prediction is.
 """
 
 
@@ -181,9 +181,8 @@ def _checkpointing(arguments: argparse.Namespace) -> Callable[[Any], bool]:
     from depthmix.train.run_options import RunOptions
 
     def default(method: Any) -> bool:
-        partly = method.depth != "all"
-        run = RunOptions(method=method.tuning, late_layers_only=partly)
-        return not arguments.no_checkpointing and run.tunes_all_layers
+        run = RunOptions(method=method.tuning, late_layers_only=method.depth == "k")
+        return not arguments.no_checkpointing and run.tunes_many_layers
 
     return default
 

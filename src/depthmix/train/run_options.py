@@ -185,10 +185,9 @@ class RunOptions:
         return bool(self.eval_dataset) or self.validation_split is not None
 
     @property
-    def tunes_all_layers(self) -> bool:
-        """Whether the backward pass goes through all layers, which then makes activations again."""
-        partly = self.late_layers_only or self.tuned_layers not in (None, "all")
-        return not partly and self.method != "none"
+    def tunes_many_layers(self) -> bool:
+        """Whether the backward pass goes below the late layers, and makes activations again."""
+        return not self.late_layers_only and self.method != "none"
 
     def __post_init__(self) -> None:
         if self.method == "none" and not self.mode:

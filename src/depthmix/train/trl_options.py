@@ -91,13 +91,12 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
 
     eval_strategy = _eval_strategy(run, training)
     accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
-    prefix_is_trained = run.tunes_all_layers
     return {
         "learning_rate": _LEARNING_RATES[run.method] * _relative_rate(run),
         "save_strategy": "steps" if "save_steps" in training else "epoch",
         "eval_strategy": eval_strategy,
         "bf16": accelerated and is_torch_bf16_gpu_available() and not training.get("fp16"),
-        "activation_checkpointing": accelerated and prefix_is_trained,
+        "activation_checkpointing": accelerated and run.tunes_many_layers,
         "dataloader_pin_memory": accelerated,
         **_early_stopping_defaults(run, training, eval_strategy),
     }
