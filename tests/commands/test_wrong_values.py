@@ -393,6 +393,18 @@ def option_strings(command):
     return [name for name in known if name.startswith("--") and name != "--help"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["generate", "out", "--promt", "x"], "--prompt"),
+        (["eval", "out", "--task", "x"], "--tasks"),
+        (["bench", "--modell", "x"], "--model"),
+    ],
+)
+def test_a_required_option_that_is_misspelt_is_named(argv, meant, refused):
+    assert refused(*argv, said="no such option").count(f"did you mean {meant}?") == 1
+
+
 OTHERS = sorted(set(COMMANDS) - {"train"})
 
 

@@ -71,6 +71,7 @@ def test_the_card_names_a_local_base(tiny, rows, out, flags):
     run(tiny, rows, out, *flags)
     card = (out / "README.md").read_text()
     assert "[None]" not in card
+    assert '"text-generation", model="out"' in card
     assert "fine-tuned version of `tiny`, a local model" in card
 
 
@@ -79,6 +80,7 @@ def test_the_card_of_a_run_that_is_not_finished_names_it_too(tiny, rows, out):
     fit(parse([*command, "--max_steps", "1"]))  # with its checkpoint, and not saved
     card = (out / "README.md").read_text()
     assert "[None]" not in card
+    assert '"text-generation", model="out"' in card
     assert "fine-tuned version of `tiny`, a local model" in card
     assert "Mixture-of-Depths Ensemble" in card
 

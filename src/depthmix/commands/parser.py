@@ -42,12 +42,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse; an option that there is not is named with the nearest one that there is."""
-        found, unknown = self.parse_known_args([self._spelled(a) for a in args or ()], namespace)
-        options = [argument for argument in unknown if argument.startswith("--")]
-        if options:
-            flag = options[0].partition("=")[0]
-            hint = nearest(flag, self._option_string_actions)
-            self.error(f"{flag}: no such option{hint}")
+        arguments = [self._spelled(argument) for argument in args or ()]
+        for argument in arguments:  # before argparse misses a required one, which is misspelt
+            flag = argument.partition("=")[0]
+            if _is_option(argument) and flag not in self._option_string_actions:
+                hint = nearest(flag, self._option_string_actions)
+                self.error(f"{flag}: no such option{hint}")
+        found, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(map(shown, unknown))}")
         return found
@@ -63,6 +64,11 @@ class Parser(argparse.ArgumentParser):
         dashed = f"--{flag[2:].replace('_', '-')}"
         known = flag.startswith("--") and dashed in self._option_string_actions
         return f"{dashed}{equals}{value}" if known else argument
+
+
+def _is_option(argument: str) -> bool:
+    """Whether argparse takes an argument for an option: what has a blank in it is a value."""
+    return argument.startswith("--") and len(argument) > 2 and " " not in argument.partition("=")[0]
 
 
 # Types of values, for `add_argument(type=...)`

@@ -109,7 +109,7 @@ def _follow(trainer: SFTTrainer, arguments: TrainArguments, hub: Hub | None) -> 
     from transformers import EarlyStoppingCallback
 
     from depthmix.train.accuracy import EvalAccuracy
-    from depthmix.train.card import BaseNamed
+    from depthmix.train.card import CardFilled
     from depthmix.train.progress import say_progress
 
     run = arguments.run
@@ -117,7 +117,7 @@ def _follow(trainer: SFTTrainer, arguments: TrainArguments, hub: Hub | None) -> 
         trainer.add_callback(EarlyStoppingCallback(run.early_stopping_patience))
     if run.eval_accuracy is not None:  # first, so that trackers and early stopping have its figure
         trainer.callback_handler.callbacks.insert(0, EvalAccuracy(trainer, run.eval_accuracy))
-    trainer.add_callback(BaseNamed())  # before what sends the card to the hub
+    trainer.add_callback(CardFilled())  # before what sends the card to the hub
     if hub is not None:
         trainer.add_callback(hub)
     say_progress(trainer)

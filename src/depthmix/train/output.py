@@ -16,7 +16,7 @@ from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.provenance import versions
 from depthmix.train.arguments import TrainArguments
-from depthmix.train.card import name_base
+from depthmix.train.card import fill_card
 from depthmix.train.resume import require_same_run, require_state
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def save(folder: Path, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         if (folder / "README.md").exists():
             (staging / "README.md").unlink(missing_ok=True)
-        name_base(folder, str(trainer.model.config.name_or_path))  # type: ignore[union-attr]
+        fill_card(folder, str(trainer.model.config.name_or_path))  # type: ignore[union-attr]
         for path in sorted(staging.iterdir(), key=lambda path: path.name in _MODEL_CONFIGS):
             path.replace(folder / path.name)
         staging.rmdir()
