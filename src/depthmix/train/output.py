@@ -16,7 +16,6 @@ from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.provenance import versions
 from depthmix.train.arguments import TrainArguments
-from depthmix.train.card import fill_card
 from depthmix.train.resume import require_same_run, require_state
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def save(folder: Path, trainer: Trainer) -> None:
 
     The run's model card stays: it tells more than the one that PEFT saves.
     """
+    from depthmix.train.card import fill_card
+
     staging = folder / ".saving"
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
