@@ -13,9 +13,14 @@ from safetensors import SafetensorError
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then rename: a crash leaves the old file or none."""
+    write_bytes(path, (text if text.endswith("\n") else text + "\n").encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write as `write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

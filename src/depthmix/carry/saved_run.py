@@ -14,6 +14,7 @@ from depthmix.carry.run_record import CONFIG_NAME, RunRecord, read_json
 from depthmix.errors import CheckpointError
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+STATE_NAME = "trainer_state.json"  # the Trainer's, with its logs
 
 # What is fetched from the hub to tell what a name holds, and to use it.
 _DESCRIPTIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CONFIG_NAME]
@@ -132,7 +133,7 @@ class SavedRun:
     @property
     def whole_checkpoints(self) -> list[Path]:
         """Those that were written to the end: the Trainer writes its state last."""
-        return [path for path in self.checkpoints if (path / "trainer_state.json").exists()]
+        return [path for path in self.checkpoints if (path / STATE_NAME).exists()]
 
     @property
     def weight_files(self) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from depthmix.carry import run_record
-from depthmix.carry.saved_run import ADAPTER_CONFIG, MODEL_CONFIG, SavedRun
+from depthmix.carry.saved_run import ADAPTER_CONFIG, MODEL_CONFIG, STATE_NAME, SavedRun
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.provenance import versions
@@ -70,7 +70,8 @@ def write_config(folder: Path, arguments: TrainArguments, row_format: str) -> No
 def save(folder: Path, trainer: Trainer) -> None:
     """Save the model and the tokenizer beside the run, then move them in, the sign last.
 
-    The run's model card stays: it tells more than the one that PEFT saves.
+    The run's model card stays: it tells more than the one that PEFT saves. The logs stay in the
+    trainer's state, as in a checkpoint.
     """
     from depthmix.train.card import fill_card
 
@@ -83,6 +84,7 @@ def save(folder: Path, trainer: Trainer) -> None:
         for path in sorted(staging.iterdir(), key=lambda path: path.name in _MODEL_CONFIGS):
             path.replace(folder / path.name)
         staging.rmdir()
+        trainer.state.save_to_json(str(folder / STATE_NAME))
 
 
 def send(folder: Path, trainer: Trainer) -> str | None:
@@ -122,14 +124,16 @@ def _remove_run(folder: Path) -> None:
     """Remove what a run leaves: its checkpoints, its configuration and its weights."""
     for checkpoint in SavedRun(str(folder), folder).checkpoints:
         shutil.rmtree(checkpoint)
-    named = [folder / name for name in (CONFIG_NAME, run_record.RECORD_NAME, *_MODEL_CONFIGS)]
+    named = [
+        folder / name for name in (CONFIG_NAME, run_record.RECORD_NAME, STATE_NAME, *_MODEL_CONFIGS)
+    ]
     for path in (*named, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
 
 
 def _resumable(named: Path | None, folder: Path, arguments: TrainArguments) -> Path:
     """Return the checkpoint to go on from, if it belongs to a run like this one."""
-    if named and not (named / "trainer_state.json").exists():
+    if named and not (named / STATE_NAME).exists():
         raise ConfigError(f"resume_from_checkpoint {named}: there is no whole checkpoint")
     whole = [named] if named else SavedRun(str(folder), folder).whole_checkpoints
     if not whole:

@@ -1,0 +1,1 @@
+"""What a run's layers and router do, as one page, pictures and tables."""
