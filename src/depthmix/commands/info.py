@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import Holds, SavedRun
+from depthmix.commands.budgets import print_budgets, side_by_side
 from depthmix.commands.model_options import find_run
 from depthmix.commands.parser import Parser
 from depthmix.commands.train_help import LORA_HELP, add_texts, option_texts, with_defaults
@@ -91,43 +91,7 @@ def _planned(name: str, given: dict[str, Given]) -> dict[str, Any]:
     what = {"model": name, "method": run.method, "with_mode": run.mode}
     size = None if run.method == "full" else _size_when_saved(model)
     report = _report(what, model, mode.to_dict() if run.mode else None, size)
-    return {**report, "budgets": _budgets(model)}
-
-
-def _budgets(model: Any) -> dict[str, dict[str, Any]]:
-    """Return what each budget trains and takes, counted as `depthmix plan` does."""
-    from depthmix.commands.plan import default_lora
-    from depthmix.model.active import host_of
-    from depthmix.plan.methods import OF_BUDGETS
-    from depthmix.plan.profile import Setting
-    from depthmix.plan.report import count
-
-    methods = OF_BUDGETS
-    try:
-        bills = count(
-            copy.deepcopy(host_of(model).config),
-            Setting(rows=1, length=256),
-            methods,
-            k=1,
-            rank=1,
-            adapter=default_lora,
-            checkpointing=lambda _: False,
-        ).bills
-    except ConfigError:  # a model that cannot be counted
-        return {}
-    full = bills["full"]
-    return {
-        name: {
-            "tuned_layers": bill.tuned_layers,
-            "rank": methods[name].rank,
-            "trained": bill.trained,
-            "share": bill.trained / full.trained,
-            "saved_bytes": bill.adapter_bytes,
-            "step": bill.flops.step / full.flops.step,
-            "cached": bill.flops.cached and bill.flops.cached / full.flops.step,
-        }
-        for name, bill in bills.items()
-    }
+    return {**report, "budgets": side_by_side(model, bool(loading.trust_remote_code))}
 
 
 def _saved(saved: SavedRun, given: dict[str, Given]) -> dict[str, Any]:
@@ -281,26 +245,4 @@ def _print_tables(report: dict[str, Any]) -> None:
     if report["config"] is not None:
         show("MoDE", report["config"])
     if report.get("budgets"):
-        _print_budgets(report["budgets"])
-
-
-def _print_budgets(budgets: dict[str, dict[str, Any]]) -> None:
-    from depthmix.tables import print_figures
-
-    print_figures(
-        "budgets; a step by count of products, later epochs from cached depth",
-        ("budget", "layers", "rank", "trained", "of full", "MB", "step", "later"),
-        [
-            [
-                name,
-                str(row["tuned_layers"]),
-                str(row["rank"]),
-                f"{row['trained']:,}",
-                f"{row['share']:.1%}",
-                f"{row['saved_bytes'] / 1e6:.1f}",
-                f"{row['step']:.2f}",
-                f"{row['cached']:.2f}" if row["cached"] else "-",
-            ]
-            for name, row in budgets.items()
-        ],
-    )
+        print_budgets(report["budgets"])
