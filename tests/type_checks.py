@@ -29,7 +29,7 @@ from depthmix.model.anatomy import Between
 from depthmix.model.runtime import runtime_of
 from models import PLAIN, choose_last_layer, perturb
 from tiny_types import V
-from without_depthmix import FORWARDS, forwards_of, half
+from without_depthmix import FORWARDS, forwards_of, half, near
 
 K = 2
 IDS = torch.randint(4, V, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -224,12 +224,6 @@ class NoTokenizer:
 
     def save_pretrained(self, folder):
         """Save nothing."""
-
-
-def near(found, wanted, share):
-    """Whether two tensors differ by that share of their spread at most, on average."""
-    found, wanted = found.float(), wanted.float()
-    return (found - wanted).abs().mean() <= share * wanted.std()
 
 
 def exported(base, model, expected, ask):

@@ -70,6 +70,12 @@ def forwards_of(model):
     return found, errors
 
 
+def near(found, wanted, share):
+    """Whether two tensors differ by that share of their spread at most, on average."""
+    found, wanted = found.float(), wanted.float()
+    return (found - wanted).abs().mean() <= share * wanted.std()
+
+
 @contextmanager
 def without_depthmix():
     """Start the process; give what asks it."""

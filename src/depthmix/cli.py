@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "tune a model on your data, with MoDE or without",
     "generate": "complete prompts with a tuned model",
     "chat": "talk to a tuned model",
+    "serve": "serve a model by OpenAI's interface",
     "export": "write a folder that transformers loads without depthmix",
     "eval": "score a model on arithmetic and commonsense tasks",
     "report": "show what the layers and the router of a run do, on one page",

@@ -119,8 +119,8 @@ def _trunks(host: Any, anatomy: Anatomy) -> list[str]:
 def _built(
     host: Any, mixture: DepthMixture, anatomy: Anatomy, trunk: str, names: Names, file: Path
 ) -> Any:
-    parameters = folded(mixture)
     config = copy.deepcopy(host.config)
+    parameters = folded(mixture, _take_scaling(config))
     config.depthmix = {
         "layers": [path.removeprefix(f"{trunk}.") for path in anatomy.layer_paths],
         "norm": anatomy.norm_path and anatomy.norm_path.removeprefix(f"{trunk}."),
@@ -141,3 +141,16 @@ def _built(
     exported.tie_weights()
     exported.generation_config = host.generation_config
     return exported
+
+
+def _take_scaling(config: Any) -> float:
+    """Return by what the model divides its logits, as far as engines do not do so themselves.
+
+    vLLM applies `logit_scale` and `final_logit_softcapping`, and not Granite's `logits_scaling`:
+    that goes into the mixture, and out of the configuration.
+    """
+    text = config.get_text_config()
+    scaling = float(getattr(text, "logits_scaling", 1.0))
+    if scaling != 1.0:
+        text.logits_scaling = 1.0
+    return scaling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,24 @@ class Form:
         if self.is_chat:
             return encode_chat([*opening(system), {"role": "user", "content": prompt}], tokenizer)
         return encode_text(prompt_for(prompt, self.row_format, self.template), tokenizer)
+
+    def question_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return a chat template that asks the last message as a question in training was asked.
+
+        Every message stands alone, as in training.
+        """
+        text = prompt_for(_ANSWER, self.row_format, self.template)
+        before, _, after = text.partition(_ANSWER)
+        encoded: Any = tokenizer("a")
+        if encoded["input_ids"][0] == tokenizer.bos_token_id:
+            before = f"{tokenizer.bos_token}{before}"
+        refusal = "a model tuned on questions takes no system message"
+        return (
+            "{%- if messages[0]['role'] == 'system' -%}"
+            f"{{{{ raise_exception({json.dumps(refusal)}) }}}}"
+            "{%- endif -%}"
+            f"{{{{ {json.dumps(before)} + messages[-1]['content'] + {json.dumps(after)} }}}}"
+        )
 
     def require_takes(self, system: str | None) -> None:
         """Raise `ConfigError` for a system message in a form that has none."""
