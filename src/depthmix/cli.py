@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a folder that transformers loads without depthmix",
     "eval": "score a model on arithmetic and commonsense tasks",
     "report": "show what the layers and the router of a run do, on one page",
+    "calibrate": "fit a temperature to a tuned model, on rows that were held out",
     "compare": "compare tuning methods over seeds and tasks",
     "bench": "measure time and memory against what one would use instead",
     "probe": "measure every layer on a task, and recommend how deep to tune",

@@ -145,19 +145,34 @@ def load_saved(
     base: str | None = None,
     loading: Loading | None = None,
     is_trainable: bool = False,
+    calibrated: bool = True,
 ) -> Any:
     """Load what a name holds: a base model as it is, or a tuned one with all it was tuned with.
+
+    With the temperature that was fitted to it, if one was (`depthmix calibrate`).
 
     Args:
         run: what there is.
         base: base model of an adapter, where it is not the one that the adapter names.
         loading: overrules what the run has recorded.
         is_trainable: give an adapter gradients.
+        calibrated: False leaves the temperature out.
 
     Raises:
         CheckpointError: it does not fit its base model, or a file is broken.
         ConfigError: `base` is given for a model that is whole.
     """
+    model = _load_saved(run, base, loading, is_trainable)
+    if calibrated:
+        from depthmix.model.temperature import set_temperature
+
+        set_temperature(model, run.temperature)
+    return model
+
+
+def _load_saved(
+    run: SavedRun, base: str | None, loading: Loading | None, is_trainable: bool
+) -> Any:
     if run.holds is not Holds.ADAPTER and base:
         raise ConfigError(f"--model: {run.name} holds a whole model, not an adapter")
     options = _loading(run, base, loading).options()

@@ -15,6 +15,7 @@ from depthmix.cli import main
 from depthmix.compare.bootstrap import differences, paired_interval
 from depthmix.compare.engine import prepare
 from depthmix.compare.experiment import Task, read_experiment
+from depthmix.compare.report import markdown, plot
 from depthmix.compare.rows import load_rows
 from depthmix.compare.spread import devices, run_here
 from depthmix.errors import ConfigError
@@ -272,6 +273,50 @@ def test_whole_comparison_is_cached(tiny, pairs, tmp_path, monkeypatch, capsys):
     before = [file.stat().st_mtime_ns for file in adapters]
     assert main(["compare", str(path)]) == 0
     assert [file.stat().st_mtime_ns for file in adapters] == before
+
+
+@pytest.mark.parametrize(
+    ("split", "where"),
+    [("test", "the task's validation rows"), ("validation", "the rows scored here")],
+)
+def test_a_method_may_be_calibrated(tiny, pairs, tmp_path, capsys, split, where):
+    path = write(
+        tmp_path,
+        model_name_or_path=tiny,
+        output_dir=str(tmp_path / "out"),
+        seeds=[1],
+        split=split,
+        defaults={"learning_rate": 1e-2, "num_train_epochs": 8},
+        methods={"lora": {"mode": False}, "lora+temperature": {"mode": False, "calibrate": True}},
+        tasks={"sums": {"dataset": [pairs], "train_rows": 4, "validation_rows": 3, "test_rows": 3}},
+    )
+    assert main(["compare", str(path)]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    plain, calibrated = results["runs"]
+    assert plain["temperature"] == 1.0 != calibrated["temperature"]
+    assert plain["accuracy"] == calibrated["accuracy"]
+    assert plain["loss"] != calibrated["loss"]
+    if split == "validation":
+        assert calibrated["loss"] < plain["loss"]
+    rows = next((tmp_path / "out/runs").glob("sums-lora+temperature*/calibrate.jsonl"))
+    scored = rows.with_name("score.jsonl").read_text()
+    assert (rows.read_text() == scored) == (split == "validation")
+    sums = plain["reliability"]
+    error = sum(abs(c - r) for c, r in zip(sums["confidence"], sums["right"], strict=True))
+    assert plain["ece"] == pytest.approx(error / sum(sums["counts"]))
+    text = (tmp_path / "out/results.md").read_text()
+    assert f"fitted on {where}" in text
+    assert f"| {plain['ece']:.3f} |" in text
+    assert max(map(len, capsys.readouterr().out.partition("figures: ")[0].splitlines())) <= 80
+
+
+def test_results_from_before_calibration_are_still_reported(tmp_path):
+    run = {"task": "t", "method": "lora", "seed": 1, "split": "test", "loss": 1.0, "accuracy": 0.5}
+    run |= {"trainable_parameters": 3, "seconds": 1.0, "peak_bytes": 1, "loss_curve": [[1, 2.0]]}
+    results = {"runs": [{**run, "gate": []}], "differences": []}
+    assert "| 1.0000 |" in markdown(results, "p.png")
+    plot(results, tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
 
 
 @pytest.mark.optional

@@ -1,6 +1,7 @@
 """`depthmix eval` on tiny models: prompts as in training, batches as singles, cache, overlap."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from depthmix.calibration.reliability import Reliability
 from depthmix.cli import main
 from depthmix.data.load import load_data
 from depthmix.data.template import TEMPLATES
@@ -92,13 +94,40 @@ def test_batch_gives_what_singles_give(tmp_path, model, tokenizer, scoring):
     ]
     (one, one_samples), (four, four_samples) = found
     if scoring == "generate":
-        assert one_samples == four_samples
+        for a, b in zip(one_samples["boolq"], four_samples["boolq"], strict=True):
+            assert a.pop("confidence") == pytest.approx(b.pop("confidence"), rel=1e-4)
+            assert a == b
     else:
         for a, b in zip(one_samples["boolq"], four_samples["boolq"], strict=True):
             assert a["accuracy"] == b["accuracy"]
     assert one["boolq"]["accuracy"] == four["boolq"]["accuracy"]
     assert one["boolq"]["questions"] == 4
     assert "accuracy_stderr" in one["boolq"]
+
+
+@pytest.mark.parametrize("scoring", ["generate", "likelihood"])
+def test_confidence_is_the_probability_of_the_answer(tmp_path, model, tokenizer, scoring):
+    task = local_task("boolq", write(tmp_path, "b.json", LABELS), None, None)
+    figures, samples = evaluate(model, tokenizer, [task], scoring=scoring, max_new_tokens=5)
+    for row in samples["boolq"]:
+        if scoring == "generate":
+            expected = probability(model, tokenizer, row["prompt"], row["replies"][0])
+        else:
+            weights = [math.exp(reply[0][0]) for reply in row["replies"]]
+            expected = max(weights) / sum(weights)
+        assert row["confidence"] == pytest.approx(expected, rel=1e-3)
+    rows = samples["boolq"]
+    found = Reliability.of([r["confidence"] for r in rows], [r["accuracy"] for r in rows])
+    assert figures["boolq"]["ece"] == pytest.approx(found.error)
+
+
+def probability(model, tokenizer, prompt, reply):
+    before = tokenizer(prompt)["input_ids"]
+    ids = torch.tensor([tokenizer(prompt + reply)["input_ids"]])
+    with torch.no_grad():
+        logs = model(input_ids=ids).logits[0].log_softmax(-1)
+    places = range(len(before), ids.shape[1])
+    return math.exp(sum(logs[t - 1, ids[0, t]].item() for t in places))
 
 
 def test_overlapping_questions_are_not_clean(tmp_path, model, tokenizer):
@@ -116,7 +145,8 @@ def test_overlapping_questions_are_not_clean(tmp_path, model, tokenizer):
 def test_command_scores_writes_and_reuses_replies(tiny, tmp_path, capsys, monkeypatch):
     data = write(tmp_path, "t.json", ALPACA)
     arguments = ["eval", tiny, "--tasks", f"addsub={data}", "--limit", "3", "--max-new-tokens", "4"]
-    arguments += ["--output", str(tmp_path / "out"), "--train-data", data]
+    picture = tmp_path / "r.png"
+    arguments += ["--output", str(tmp_path / "out"), "--train-data", data, "--plot", str(picture)]
     assert main(arguments) == 0
     assert "6 of 6 questions stand in the training data" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -124,6 +154,7 @@ def test_command_scores_writes_and_reuses_replies(tiny, tmp_path, capsys, monkey
     assert results["made_by"]["versions"] == versions("lm_eval")
     rows = [json.loads(x) for x in (tmp_path / "out/samples-addsub.jsonl").read_text().splitlines()]
     assert len(rows) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert all(row["replies"] and row["prompt"].startswith("Below is") for row in rows)
 
     def no_generation(*_, **__):

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from depthmix.analysis.batches import padded, targets
+from depthmix.calibration.reliability import Reliability
+from depthmix.data.batches import padded, targets
 from depthmix.data.tokens import IGNORED
 from depthmix.model.active import host_of
 from depthmix.model.runtime import RUNTIME_NAME, runtime_of
@@ -38,6 +39,7 @@ class LayerScores:
         gate: mean weight of each late layer.
         entropy: mean entropy of the gate, in nats.
         rescued: share of the tokens that the last layer gets wrong and another late layer right.
+        reliability: of the likeliest tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -48,6 +50,7 @@ class LayerScores:
     gate: list[float] = field(default_factory=list)
     entropy: float | None = None
     rescued: float | None = None
+    reliability: Reliability = field(default_factory=Reliability)
 
     @property
     def mean_loss(self) -> float:
@@ -86,7 +89,9 @@ def score_rows(
         batch = collate([encoded[i] for i in chosen], host_of(model).device)
         logits, labels = _predict(model, batch, sums)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        right = logits.argmax(-1) == labels
+        confidence, likeliest = logits.softmax(-1).max(-1)
+        right = likeliest == labels
+        scores.reliability += Reliability.of(confidence.cpu().numpy(), right.cpu().numpy())
         counts = (batch["labels"] != IGNORED).sum(dim=1).tolist()
         parts = zip(chosen, losses.split(counts), right.split(counts), strict=True)
         for i, loss, correct in parts:

@@ -17,6 +17,7 @@ from depthmix.errors import CheckpointError
 
 CONFIG_NAME = "depthmix.yaml"
 RECORD_NAME = "depthmix_run.json"
+CALIBRATION_NAME = "depthmix_calibration.json"  # what `depthmix calibrate` fitted to the weights
 
 _FORMAT = "dataset_format"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -10,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from depthmix.carry.run_record import CONFIG_NAME, RunRecord, read_json
+from depthmix.carry.run_record import CALIBRATION_NAME, CONFIG_NAME, RunRecord, read_json
 from depthmix.errors import CheckpointError
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
@@ -124,6 +125,31 @@ class SavedRun:
             home = home.resolve().parent
         return RunRecord.read(home)
 
+    @cached_property
+    def temperature(self) -> float:
+        """The temperature that was fitted to these weights, 1 if none was.
+
+        Raises:
+            CheckpointError: it was fitted to other weights, or its file is broken.
+        """
+        path = self.folder / CALIBRATION_NAME
+        if not path.exists():
+            return 1.0
+        found = read_json(path)
+        temperature = found.get("temperature")
+        if not isinstance(temperature, float) or not 0 < temperature < math.inf:
+            raise CheckpointError(f"{path}: not whole: temperature is missing")
+        if found.get("weights") != self.weights_digest():
+            raise CheckpointError(
+                f"{path}: fitted to other weights than those beside it: calibrate again "
+                f"(depthmix calibrate {self.name} DATA), or remove the file"
+            )
+        return temperature
+
+    def weights_digest(self) -> str:
+        """Return a digest of the weight files, without those of an adapter's base."""
+        return _digest_of(self.weight_files).hexdigest()
+
     @property
     def checkpoints(self) -> list[Path]:
         """The checkpoints within a run, the first step first."""
@@ -167,15 +193,12 @@ class SavedRun:
             base: the base model, where it is not the one that the adapter names.
             revision: of the base model on the hub, where it is not the recorded one.
         """
-        sha = hashlib.sha256()
         if self.commit:
-            sha.update(f"{self.repository}@{self.commit}".encode())
+            sha = hashlib.sha256(f"{self.repository}@{self.commit}".encode())
         else:
-            configs = [self.folder / name for name in (ADAPTER_CONFIG, MODEL_CONFIG)]
-            for path in [*filter(Path.exists, configs), *_weights_in(self.folder)]:
-                with path.open("rb") as file:
-                    sha.update(path.name.encode())
-                    sha.update(hashlib.file_digest(file, "sha256").digest())
+            names = (ADAPTER_CONFIG, MODEL_CONFIG, CALIBRATION_NAME)
+            configs = [self.folder / name for name in names]
+            sha = _digest_of([*filter(Path.exists, configs), *_weights_in(self.folder)])
         if self.holds is Holds.ADAPTER:
             at = revision or (None if base else self.record.base.get("revision"))
             sha.update(SavedRun.find(base or self.base, at).digest().encode())
@@ -187,6 +210,16 @@ class SavedRun:
 
 def _is_checkpoint(path: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
+def _digest_of(files: list[Path]) -> hashlib._Hash:
+    """Return a digest of files, names and content."""
+    sha = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            sha.update(path.name.encode())
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha
 
 
 def _weights_in(folder: Path) -> list[Path]:

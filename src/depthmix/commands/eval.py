@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmix.carry.saved_run import SavedRun
 from depthmix.commands.model_options import add_model_options, find_run, loading
-from depthmix.commands.parser import Parser, integer
+from depthmix.commands.parser import Parser, integer, output_file, require_matplotlib
 from depthmix.data.template import TEMPLATES
 from depthmix.errors import ConfigError, nearest
 from depthmix.files import write_text
@@ -40,6 +40,8 @@ With --output, what was scored stays when the run is stopped, and the next run g
 def run(argv: Sequence[str]) -> int:
     """Score, print and write."""
     arguments = _parser().parse_args(argv)
+    if arguments.plot:
+        require_matplotlib("--plot")
     if find_spec("lm_eval") is None:
         raise ConfigError("depthmix eval needs lm-eval: pip install 'depthmix[eval]'")
     _require_distinct(arguments.tasks)
@@ -74,6 +76,8 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(figures, indent=1))
     else:
         _print(figures)
+    if arguments.plot:
+        _draw(arguments.plot, samples)
     if arguments.output:
         _write(Path(arguments.output), arguments, figures, samples)
     return 0
@@ -108,6 +112,7 @@ def _parser() -> Parser:
     add("--limit", type=integer(1), help="questions of each task (default: all)")
     add("--max-new-tokens", type=integer(1), default=128, help="of a reply (default: 128)")
     add("--json", action="store_true", help="print the figures as JSON")
+    add("--plot", type=output_file, help="draw a reliability diagram of the answers to this PNG")
     add("--output", metavar="FOLDER", help="write figures and every reply there")
     return parser
 
@@ -190,6 +195,15 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def _draw(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    from depthmix.calibration.reliability import reliability_figure
+    from depthmix.evaluate.confidence import reliability_of
+
+    found = {task: reliability_of(rows) for task, rows in samples.items()}
+    known = {task: sums for task, sums in found.items() if sums is not None}
+    reliability_figure(known, "answers, by the probability of each").savefig(path, dpi=120)
+
+
 def _write(
     folder: Path,
     arguments: argparse.Namespace,
@@ -198,7 +212,7 @@ def _write(
 ) -> None:
     made_by = {
         "command": command(),
-        "options": vars(arguments),
+        "options": {name: value for name, value in vars(arguments).items() if name != "plot"},
         "versions": versions("lm_eval"),
     }
     for task, rows in samples.items():

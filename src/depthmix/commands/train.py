@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthmix.commands.train_help import print_all_options, print_help
+from depthmix.errors import DataError
 from depthmix.files import write_errors
 from depthmix.train import output
 from depthmix.train.arguments import TrainArguments, parse
@@ -40,12 +41,24 @@ def train(arguments: TrainArguments) -> int:
     trainer = fit(settled(arguments))
     with write_errors():
         output.save(folder, trainer)
+    if arguments.run.calibrate:
+        print(_calibrated(trainer, arguments))
     if trainer.is_world_process_zero():
         print(_summary(trainer, folder))
         address = output.send(folder, trainer)
         if address:
             print(f"sent to {address}")
     return 0
+
+
+def _calibrated(trainer: SFTTrainer, arguments: TrainArguments) -> str:
+    """Fit a temperature to what was saved; return what came of it."""
+    from depthmix.train.calibrate import calibrate_trained, told
+
+    try:
+        return told(calibrate_trained(trainer.model, arguments))
+    except DataError as error:  # the run is there all the same
+        return f"note: not calibrated: {error}"
 
 
 def _summary(trainer: SFTTrainer, folder: Path) -> str:

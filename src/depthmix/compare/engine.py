@@ -14,16 +14,17 @@ from tqdm import tqdm
 import depthmix
 from depthmix.carry.saved_run import SavedRun
 from depthmix.compare.experiment import Experiment
-from depthmix.compare.rows import TaskRows, digest, load_rows
+from depthmix.compare.rows import Row, TaskRows, digest, load_rows
 from depthmix.compare.spread import LOG
 from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.pretrained import require_no_adapter
-from depthmix.train.arguments import resolve
+from depthmix.train.arguments import TrainArguments, resolve
 from depthmix.train.checks import require_possible
 from depthmix.train.given import Given
 
 RESULT, TRAIN, TRAIN_ROWS, SCORED_ROWS = "result.json", "train.yaml", "train.jsonl", "score.jsonl"
+CALIBRATION_ROWS = "calibrate.jsonl"
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,9 @@ def prepare(experiment: Experiment) -> list[Cell]:
         ConfigError: a method has an option that cannot be; rows are too few.
         DataError: a source is missing or a row is broken.
     """
-    for method in experiment.methods:
-        _require_method(experiment, method)
+    calibrated = {name for name in experiment.methods if _checked(experiment, name).run.calibrate}
     rows = {name: load_rows(name, task) for name, task in experiment.tasks.items()}
-    return list(_cells(experiment, rows))
+    return list(_cells(experiment, rows, calibrated))
 
 
 # What a comparison decides for every run.
@@ -69,8 +69,8 @@ _OURS = (
 )
 
 
-def _require_method(experiment: Experiment, method: str) -> None:
-    """Refuse a method as `depthmix train` would refuse it, before the first run."""
+def _checked(experiment: Experiment, method: str) -> TrainArguments:
+    """Return the options of a method; refuse as `depthmix train` would, before the first run."""
     given = experiment.methods[method]
     for name in _OURS:
         if name in given:
@@ -79,15 +79,25 @@ def _require_method(experiment: Experiment, method: str) -> None:
         "model_name_or_path": experiment.model_name_or_path,
         "dataset": [TRAIN_ROWS],
         "output_dir": experiment.output_dir,
+        **(_evaluating([CALIBRATION_ROWS]) if "calibrate" in given else {}),
     }
     place = f"method {method}"
     try:
-        require_possible(resolve({**given, **{n: Given(v, place) for n, v in fixed.items()}}))
+        arguments = resolve({**given, **{n: Given(v, place) for n, v in fixed.items()}})
+        require_possible(arguments)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
+    return arguments
 
 
-def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
+def _evaluating(dataset: list[str]) -> dict[str, Any]:
+    """Return the options of a run that has evaluation rows for its temperature alone."""
+    return {"eval_dataset": dataset, "eval_strategy": "no"}
+
+
+def _cells(
+    experiment: Experiment, rows: dict[str, TaskRows], calibrated: set[str]
+) -> Iterator[Cell]:
     version = depthmix.__version__
     revisions = {
         method: experiment.options_of(method).get("model_revision") for method in experiment.methods
@@ -104,11 +114,14 @@ def _cells(experiment: Experiment, rows: dict[str, TaskRows]) -> Iterator[Cell]:
                     "dataset_format": "prompt_completion",
                     "seed": seed,
                 }
+                written = {TRAIN_ROWS: training, SCORED_ROWS: scored}
+                if method in calibrated:
+                    written[CALIBRATION_ROWS] = rows[task].validation
                 weights = models[revisions[method]]
-                identity = digest([version, weights, options, training, scored])
+                identity = digest([version, weights, options, *written.values()])
                 folder = Path(experiment.output_dir) / "runs" / f"{task}-{method}-{seed}-{identity}"
                 named = {"model_name_or_path": experiment.model_name_or_path, **options}
-                _write(folder, named, training, scored)
+                _write(folder, named, written)
                 yield Cell(task, method, seed, folder)
 
 
@@ -128,13 +141,18 @@ _DEFAULTS = {
 }
 
 
-def _write(folder: Path, options: dict[str, Any], training: Any, scored: Any) -> None:
+def _write(folder: Path, options: dict[str, Any], written: dict[str, list[Row]]) -> None:
     if (folder / RESULT).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in ((TRAIN_ROWS, training), (SCORED_ROWS, scored)):
+    for name, rows in written.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    paths = {"dataset": [str(folder / TRAIN_ROWS)], "output_dir": str(folder / "tuned")}
+    paths: dict[str, Any] = {
+        "dataset": [str(folder / TRAIN_ROWS)],
+        "output_dir": str(folder / "tuned"),
+    }
+    if CALIBRATION_ROWS in written:
+        paths |= _evaluating([str(folder / CALIBRATION_ROWS)])
     # Last, since its presence says that the others are there.
     write_text(folder / TRAIN, yaml.safe_dump({**options, **paths}, sort_keys=False))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depthmix.calibration.reliability import Reliability, draw_reliability
 from depthmix.tables import print_figures
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ HEADER = (
     "better than the baseline by",
     "accuracy",
     "better by",
+    "calibration error",
     "trained parameters",
     "seconds",
     "peak GiB",
@@ -27,8 +29,12 @@ HEADER = (
 
 
 # Columns of the two tables that a terminal shows, and how it calls them.
-_QUALITY, _COST = (0, 1, 2, 3, 4), (0, 5, 6, 7)
-_NARROW = {"held-out loss": "loss", "better than the baseline by": "better by"}
+_QUALITY, _COST = (0, 1, 2, 3, 4, 5), (0, 6, 7, 8)
+_NARROW = {
+    "held-out loss": "loss",
+    "better than the baseline by": "better by",
+    "calibration error": "ECE",
+}
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -50,11 +56,14 @@ def markdown(results: dict[str, Any], plots: str) -> str:
         split = next(run["split"] for run in results["runs"] if run["task"] == task)
         parts.append(f"### {task} ({split} rows, {_seeds(results['runs'], task)})\n")
         parts.append(_markdown_table(HEADER, table_rows(results, task)))
+        parts += _calibrated(results, task)
         layers = list(layer_rows(results["runs"], task))
         if layers:
             parts.append("The late layers, means over the seeds, the last layer last:\n")
             parts.append(_markdown_table(LAYER_HEADER, layers))
-    parts.append(f"![Loss curves; loss and accuracy against trained parameters]({plots})\n")
+    parts.append(
+        f"![Loss curves; loss and accuracy against trained parameters; reliability]({plots})\n"
+    )
     return "\n".join(parts)
 
 
@@ -71,12 +80,26 @@ def table_rows(results: dict[str, Any], task: str) -> list[tuple[str, ...]]:
                 _interval(results["differences"], task, method, "loss", "{:+.4f}"),
                 spread([run["accuracy"] for run in own], "{:.3f}"),
                 _interval(results["differences"], task, method, "accuracy", "{:+.3f}"),
+                spread([run["ece"] for run in own if "ece" in run], "{:.3f}"),
                 f"{own[0]['trainable_parameters']:,}",
                 f"{statistics.mean(run['seconds'] for run in own):.0f}",
                 f"{statistics.mean(run['peak_bytes'] for run in own) / 2**30:.2f}",
             )
         )
     return rows
+
+
+def _calibrated(results: dict[str, Any], task: str) -> list[str]:
+    """Say at which temperatures a method was scored, and on which rows they were fitted."""
+    runs = [run for run in results["runs"] if run["task"] == task]
+    lines = []
+    for method, own in _by_method(runs):
+        found = [run["temperature"] for run in own if run.get("temperature", 1.0) != 1.0]
+        if found:
+            scored = own[0]["split"] == "validation"
+            where = "the rows scored here" if scored else "the task's validation rows"
+            lines.append(f"{method}: temperature {spread(found, '{:.3f}')}, fitted on {where}.\n")
+    return lines
 
 
 LAYER_HEADER = (
@@ -105,7 +128,9 @@ def layer_rows(runs: list[Run], task: str) -> Iterable[tuple[str, ...]]:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Return mean and standard deviation over the seeds."""
+    """Return mean and standard deviation over the seeds; nothing where nothing was measured."""
+    if not values:
+        return ""
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
@@ -115,13 +140,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(_tasks(results["runs"]))
-    figure = Figure(figsize=(13, 3.6 * len(tasks) + 0.5), layout="constrained")
-    rows = figure.subplots(len(tasks), 3, squeeze=False)
-    for (curves, losses, accuracies), task in zip(rows, tasks, strict=True):
+    figure = Figure(figsize=(17, 3.6 * len(tasks) + 0.5), layout="constrained")
+    rows = figure.subplots(len(tasks), 4, squeeze=False)
+    for (curves, losses, accuracies, reliability), task in zip(rows, tasks, strict=True):
         runs = [run for run in results["runs"] if run["task"] == task]
         _plot_curves(curves, runs)
         _plot_sizes(losses, runs, "loss")
         _plot_sizes(accuracies, runs, "accuracy")
+        _plot_reliability(reliability, runs)
         curves.set(title=f"{task}: training loss, distillation included", ylabel="nats a token")
         losses.set(title=f"{task}: held-out loss", ylabel="nats a token")
         accuracies.set(title=f"{task}: accuracy", ylabel="share of rows")
@@ -148,6 +174,16 @@ def _plot_sizes(axes: Axes, runs: list[Run], metric: str) -> None:
             size, statistics.mean(values), yerr=error, fmt="o", capsize=3, alpha=0.7, label=method
         )
     axes.set(xlabel="trained parameters", xscale="log")
+
+
+def _plot_reliability(axes: Axes, runs: list[Run]) -> None:
+    found = {}
+    for method, own in _by_method(runs):
+        sums = [Reliability.from_dict(run["reliability"]) for run in own if "reliability" in run]
+        if sums:
+            found[method] = sum(sums[1:], sums[0])
+    draw_reliability(axes, found)
+    axes.set(title="reliability of the likeliest tokens")
 
 
 def _by_method(runs: list[Run]) -> Iterable[tuple[str, list[Run]]]:

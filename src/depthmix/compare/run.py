@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from depthmix.compare.curve import Curve
 from depthmix.compare.engine import RESULT, SCORED_ROWS, TRAIN
 from depthmix.errors import DepthmixError, Stopped
 from depthmix.files import write_text
+from depthmix.model.temperature import set_temperature, temperature_of
 from depthmix.pretrained import ignore_renamed_properties
 from depthmix.probe.settle import settled
 from depthmix.provenance import versions
 from depthmix.train import output
 from depthmix.train.arguments import parse
+from depthmix.train.calibrate import calibrate_trained
 from depthmix.train.fit import fit
 
 
@@ -45,12 +46,17 @@ def run(folder: Path) -> int:
         ],
     }
     output.save(Path(str(arguments.training.output_dir)), trainer)
+    if arguments.run.calibrate:
+        set_temperature(model, calibrate_trained(model, arguments).temperature)
     scores = score_rows(model, trainer.processing_class, rows)
     curve.add(float(trainer.state.epoch or 0), scores)
-    per_row = asdict(scores)
+    per_row = {name: values for name, values in vars(scores).items() if name != "reliability"}
     metrics = {
         "loss": scores.mean_loss,
         "accuracy": scores.accuracy,
+        "ece": scores.reliability.error,
+        "reliability": scores.reliability.as_dict(),
+        "temperature": temperature_of(model),
         **{name: per_row.pop(name) for name in _MEANS},
         "curve": curve.points,
         **figures,

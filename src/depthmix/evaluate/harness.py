@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from depthmix.errors import DataError
+from depthmix.evaluate.confidence import add_confidence, reliability_of
 from depthmix.evaluate.replies import ReplyFile, ReplyingLM
 from depthmix.evaluate.tasks import CLEAN, LocalTask, Scoring, harness_config
 from depthmix.inference.form import appends_eos
@@ -54,7 +55,8 @@ def evaluate(
         chat: put every question into the tokenizer's chat template, as a user's message.
 
     Returns:
-        Figures by task, each with its standard error, and every document with its reply by task.
+        Figures by task, each with its standard error, the expected calibration error of the answers
+        among them, and every document with its reply and the model's confidence in it, by task.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
     model.eval()
@@ -69,10 +71,11 @@ def evaluate(
         # A chat template writes BOS itself, where training had one.
         add_bos_token=False if chat else None,
     )
+    answering = lm if cache is None else ReplyingLM(lm, ReplyFile(cache))
     try:
         # What lm-eval calls simple_evaluate asks git for a commit, of whatever folder this is.
         found: Any = evaluator.evaluate(
-            lm=lm if cache is None else ReplyingLM(lm, ReplyFile(cache)),
+            lm=answering,
             task_dict=_loaded(tasks, scoring, max_new_tokens),
             limit=limit,
             bootstrap_iters=1000,
@@ -90,6 +93,7 @@ def evaluate(
     }
     samples = {name: [_kept(row) for row in rows] for name, rows in found["samples"].items()}
     for name, rows in samples.items():
+        add_confidence(answering, rows)
         _count(figures[name], rows)
     return figures, samples
 
@@ -189,6 +193,9 @@ def _kept(sample: Results) -> Results:
 
 
 def _count(figures: Results, rows: list[Results]) -> None:
+    reliability = reliability_of(rows)
+    if reliability is not None:
+        figures["ece"] = reliability.error
     figures["questions"] = len(rows)
     if CLEAN in figures:
         figures["clean_questions"] = sum(row["clean"] for row in rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from depthmix.analysis.batches import TokenRow
+from depthmix.data.batches import TokenRow
 from depthmix.data.tokens import IGNORED
 from depthmix.errors import ConfigError
 from depthmix.plan.memory import Bill
@@ -24,8 +24,11 @@ def bills(
     """Return the bills of a step with 1, 2 ... all of the last layers tuned, without MoDE.
 
     Of a batch of the run, of rows as long and as far supervised as these are in the mean. None
-    where the model does not run without weights.
+    where the model does not run without weights, or no adapter is trained.
     """
+    adapter = peft_config(arguments.run, arguments.model)
+    if adapter is None:
+        return None
     training = arguments.training
     tokens = sum(len(row["input_ids"]) for row in rows)
     supervised = sum(label != IGNORED for row in rows for label in row["labels"])
@@ -44,7 +47,7 @@ def bills(
             {str(depth): Method("lora", depth) for depth in depths},
             k=1,
             rank=arguments.model.lora_r,
-            adapter=lambda _rank: peft_config(arguments.run, arguments.model),
+            adapter=lambda _rank: adapter,
             checkpointing=lambda _method: bool(training.activation_checkpointing),
         )
     except ConfigError:

@@ -72,7 +72,8 @@ def _mapped(
 
 
 def _log_probabilities(runtime: Runtime, states: Float[Tensor, "c d"]) -> Float[Tensor, "c v"]:
-    return head_logits(runtime.host, states.to(runtime.host.device)).log_softmax(-1)
+    logits: Tensor = head_logits(runtime.host, states.to(runtime.host.device))
+    return logits.log_softmax(-1)
 
 
 def mapped_to_last(

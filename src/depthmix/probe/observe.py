@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from depthmix.analysis.batches import TokenRow, batches, padded, targets
 from depthmix.analysis.layers import head_logits
+from depthmix.data.batches import TokenRow, batches, padded, targets
 from depthmix.data.tokens import IGNORED
 from depthmix.method.fused_loss import CHUNK_BYTES
 from depthmix.model.runtime import Runtime, runtime_of
@@ -58,9 +58,10 @@ def observe(model: nn.Module, rows: Sequence[TokenRow]) -> Observed:
     runtime = runtime_of(model)
     model.eval()
     tuned = any(p.requires_grad for layer in _layers(runtime) for p in layer.parameters())
-    tokens = sum(label != IGNORED for row in rows for label in row["labels"])
+    tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
     every = -(-tokens // KEPT_TOKENS)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor]] = []
+    of_rows: list[Tensor] = []
     with tqdm(total=len(rows), desc="probing rows", unit="row", leave=False) as progress:
         for places in batches(rows, TOKENS_AT_ONCE):
             batch = padded([rows[place] for place in places], runtime.host.device)
@@ -72,11 +73,12 @@ def observe(model: nn.Module, rows: Sequence[TokenRow]) -> Observed:
                     last = states[:, -1]
                     last.backward(_gradient(runtime, last.detach(), labels[supervised]))
             of_row = torch.tensor(places)[supervised.nonzero()[:, 0].cpu()]
-            picked = (states.detach(), labels[supervised], of_row)
-            kept.append(tuple(tensor[::every].cpu() for tensor in picked))  # type: ignore[arg-type]
+            kept.append((states.detach()[::every].cpu(), labels[supervised][::every].cpu()))
+            of_rows.append(of_row[::every])
             progress.update(len(places))
-    found = [torch.cat(parts) for parts in zip(*kept, strict=True)]
-    return Observed(*found, tokens, _norms(runtime, tokens) if tuned else [])
+    states, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    gradients = _norms(runtime, tokens) if tuned else []
+    return Observed(states, labels, torch.cat(of_rows), tokens, gradients)
 
 
 def chunks(runtime: Runtime, count: int) -> Iterator[slice]:

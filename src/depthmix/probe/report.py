@@ -180,9 +180,10 @@ class Probe:
             axes.plot(
                 self._places, [s / steps[0] for s in steps], label="step tuned from here", color="k"
             )
+        axes.set_ylim(0, 1.4 * max(norms))  # room for the legend
         axes.set_title("gradient, and cost of tuning from a layer on", fontsize=9)
         self._mark(axes, self.choice.tuned_layers or 0, "tuned layers")
 
     def _mark(self, axes: Axes, count: int, label: str) -> None:
         top = len(self.alone.loss) + 0.5
-        axes.axvspan(top - count, top, color="#f0d9a8", alpha=0.5, label=label)
+        axes.axvspan(top - count, top, color="#f0d9a8", alpha=0.5, zorder=0, label=label)

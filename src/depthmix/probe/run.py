@@ -6,8 +6,8 @@ import copy
 import dataclasses
 from typing import Any
 
-from depthmix.analysis.batches import TokenRow, cut
 from depthmix.config import MoDEConfig
+from depthmix.data.batches import TokenRow, cut
 from depthmix.errors import ConfigError, DataError
 from depthmix.model.discovery import discover
 from depthmix.model.runtime import runtime_of
@@ -92,8 +92,12 @@ def _model(arguments: TrainArguments) -> Any:
     found = discover(base, dataclasses.replace(own.mode, k=1, router_top_k=None))
     if found.layer_count == 1:
         raise ConfigError(f"{own.model.model_name_or_path} has one layer: nothing to choose")
-    paths = {"layers_path": own.mode.layers_path, "norm_path": own.mode.norm_path}
-    all_layers = MoDEConfig(k=found.layer_count, adaptation="none", **paths)
+    all_layers = MoDEConfig(
+        k=found.layer_count,
+        adaptation="none",
+        layers_path=own.mode.layers_path,
+        norm_path=own.mode.norm_path,
+    )
     method = own.run.method if own.run.method in RESTRICTABLE else "none"
     run = dataclasses.replace(
         own.run, method=method, mode=True, late_layers_only=False, tuned_layers=None

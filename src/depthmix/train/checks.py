@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer
 
     from depthmix.train.arguments import TrainArguments
+    from depthmix.train.run_options import RunOptions
 
 
 def require_possible(arguments: TrainArguments) -> None:
@@ -45,9 +46,22 @@ def _require_evaluation(arguments: TrainArguments) -> None:
     for name in ("early_stopping_patience", "eval_accuracy"):
         if getattr(run, name) is not None and training.eval_strategy == "no":
             raise ConfigError(f"{name} needs evaluations: give eval_dataset")
+    if run.calibrate:
+        _require_calibration(run, training)
     packed = training.packing if training.eval_packing is None else training.eval_packing
     if run.eval_accuracy is not None and packed:
         raise ConfigError("eval_accuracy needs rows one by one: set eval_packing to false")
+
+
+def _require_calibration(run: RunOptions, training: SFTConfig) -> None:
+    if not run.evaluates:
+        raise ConfigError(
+            "calibrate needs rows that are not trained on: give eval_dataset or validation_split"
+        )
+    if training.world_size > 1:
+        raise ConfigError(
+            "calibrate runs in one process: train without it, then run `depthmix calibrate`"
+        )
 
 
 def _require_files(arguments: TrainArguments) -> None:

@@ -73,6 +73,8 @@ def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
     from transformers import set_seed
     from trl.trainer.sft_trainer import SFTTrainer
 
+    from depthmix.model.active import host_of
+    from depthmix.model.temperature import require_no_bias
     from depthmix.train.methods import tune
 
     set_seed(arguments.training.seed)  # adapters begin with random numbers
@@ -81,6 +83,8 @@ def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
     except TypeError as error:  # an option that the model's class does not have
         raise ConfigError(f"model_init_kwargs: {error}") from error
     model = tune(base, arguments.run, arguments.mode, arguments.model)
+    if arguments.run.calibrate:
+        require_no_bias(host_of(model))  # before anything is trained
     try:
         return SFTTrainer(
             model=model,

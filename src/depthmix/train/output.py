@@ -25,6 +25,10 @@ CONFIG_NAME = run_record.CONFIG_NAME
 
 # The last files to appear in a finished run, and the sign of one.
 _MODEL_CONFIGS = (ADAPTER_CONFIG, MODEL_CONFIG)
+_OF_A_RUN = (
+    *(CONFIG_NAME, run_record.RECORD_NAME, run_record.CALIBRATION_NAME, STATE_NAME),
+    *_MODEL_CONFIGS,
+)
 
 
 def prepare(folder: Path, arguments: TrainArguments) -> str | None:
@@ -124,9 +128,7 @@ def _remove_run(folder: Path) -> None:
     """Remove what a run leaves: its checkpoints, its configuration and its weights."""
     for checkpoint in SavedRun(str(folder), folder).checkpoints:
         shutil.rmtree(checkpoint)
-    named = [
-        folder / name for name in (CONFIG_NAME, run_record.RECORD_NAME, STATE_NAME, *_MODEL_CONFIGS)
-    ]
+    named = [folder / name for name in _OF_A_RUN]
     for path in (*named, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
 

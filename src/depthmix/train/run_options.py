@@ -174,6 +174,13 @@ class RunOptions:
             "eval_accuracy."
         ),
     )
+    calibrate: bool = field(
+        default=False,
+        metadata=_help(
+            "After training, fit a temperature on the evaluation rows, which generate, chat and "
+            "eval then apply; greedy answers stay what they are."
+        ),
+    )
     resume: bool = field(
         default=False, metadata=_help("Go on from the last checkpoint in output_dir.")
     )

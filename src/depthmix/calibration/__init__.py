@@ -1,0 +1,1 @@
+"""Confidence that means what it says: one temperature, fitted on rows that were held out."""
