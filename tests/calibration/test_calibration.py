@@ -1,7 +1,9 @@
 """The temperature against a grid, calibration error against its definition, and what is stored."""
 
+import copy
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import depthmix
 from depthmix.calibration import fit as fitting
 from depthmix.calibration.fit import fit_calibration
 from depthmix.calibration.reliability import BINS, Reliability
@@ -127,6 +131,24 @@ def test_the_likeliest_tokens_stay_and_so_does_the_model():
     set_temperature(model, 1.0)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_copies_and_merged_models_keep_it():
+    lora = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    lora.init_lora_weights = False
+    model = depthmix.attach(tiny_model("llama"), depthmix.MoDEConfig(k=2), lora).eval()
+    ids = token_ids(2, 7)
+    set_temperature(model, 1.7)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert torch.equal(copied(input_ids=ids).logits, expected)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+        assert temperature_of(merged) == 1.7
+        set_temperature(merged, 1.0)
+        plain = merged(input_ids=ids).logits
+    torch.testing.assert_close(plain / 1.7, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_training_does_not_see_the_temperature():

@@ -46,7 +46,11 @@ class Reliability:
         """
         values, marks = np.asarray(confidence, float), np.asarray(right, float)
         places = np.clip(np.ceil(values * BINS).astype(int) - 1, 0, BINS - 1)
-        return cls(*(np.bincount(places, w, BINS) for w in (np.ones_like(values), values, marks)))
+
+        def summed(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.bincount(places, weights, BINS).astype(np.float64)
+
+        return cls(summed(np.ones_like(values)), summed(values), summed(marks))
 
     def __add__(self, other: Reliability) -> Reliability:
         """Return the sums over the predictions of both."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from depthmix.errors import DepthmixError
 from depthmix.model.active import host_of
@@ -17,15 +17,32 @@ from depthmix.model.active import host_of
 _NAME = "depthmix_temperature"  # attribute of the model that holds the hook
 
 
-class _Divide:
-    """Forward pre-hook of the head; an object, so that the model can be copied and pickled."""
+class _Temperature:
+    """The hooks; an object, so that the model can be copied and pickled."""
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
+    def __init__(self, host: Any, value: float) -> None:
+        self.value = value
+        self._head: nn.Module | None = None
+        self._on_head: Any = None
+        self._on_host = host.register_forward_pre_hook(self.follow)
+        self.follow(host)
 
-    def __call__(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def follow(self, host: Any, _args: Any = None) -> None:
+        """Move to what is the head now: PEFT wraps heads, and unwraps them where it merges."""
+        head = host.get_output_embeddings()
+        if head is not self._head:
+            if self._on_head is not None:
+                self._on_head.remove()
+            self._head, self._on_head = head, head.register_forward_pre_hook(self.divide)
+
+    def divide(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Divide in inference; a head in training mode is left alone."""
-        return None if head.training else (args[0] / self.temperature, *args[1:])
+        return None if head.training else (args[0] / self.value, *args[1:])
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self._on_host.remove()
+        self._on_head.remove()
 
 
 def set_temperature(model: nn.Module, temperature: float) -> None:
@@ -41,18 +58,16 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
     host: Any = host_of(model)
     before = vars(host).pop(_NAME, None)
     if before is not None:
-        before[1].remove()
-    if temperature == 1.0:
-        return
-    require_no_bias(host)
-    hook = _Divide(temperature)
-    vars(host)[_NAME] = (hook, host.get_output_embeddings().register_forward_pre_hook(hook))
+        before.remove()
+    if temperature != 1.0:
+        require_no_bias(host)
+        vars(host)[_NAME] = _Temperature(host, temperature)
 
 
 def temperature_of(model: nn.Module) -> float:
     """Return the temperature that `set_temperature` has set, 1 if none."""
     found = vars(host_of(model)).get(_NAME)
-    return 1.0 if found is None else float(found[0].temperature)
+    return 1.0 if found is None else float(found.value)
 
 
 def require_no_bias(host: Any) -> None:

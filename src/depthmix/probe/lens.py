@@ -72,8 +72,8 @@ def _mapped(
 
 
 def _log_probabilities(runtime: Runtime, states: Float[Tensor, "c d"]) -> Float[Tensor, "c v"]:
-    logits: Tensor = head_logits(runtime.host, states.to(runtime.host.device))
-    return logits.log_softmax(-1)
+    logs: Tensor = head_logits(runtime.host, states.to(runtime.host.device)).log_softmax(-1)
+    return logs
 
 
 def mapped_to_last(
