@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 # DeepSpeed, which gets an environment on top of the other. Its build imports torch, so that it
 # cannot be isolated: what builds it is installed first.
 $(OPTIONAL): $(STAMP)
-	@$(PIP) -c constraints.txt bitsandbytes -e ".[ray]"
+	@$(PIP) -c constraints.txt bitsandbytes trackio -e ".[ray]"
 	@$(PYTHON) -m venv $(VENV)/zero3
 	@echo "import site; site.addsitedir('$$($(PYTHON) -c $(SITE))')" > $$($(VENV)/zero3/bin/python -c $(SITE))/base.pth
 	@$(VENV)/zero3/bin/python $(INSTALL) -c constraints.txt --ignore-installed setuptools wheel
@@ -56,7 +56,7 @@ demo: setup ## tune a small model with MoDE and compare it with its base (ARGS p
 test: setup ## run the tests (ARGS passes options to pytest)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-optional: $(OPTIONAL) ## run the tests that need bitsandbytes, Ray or DeepSpeed, which it installs
+optional: $(OPTIONAL) ## run the tests that need bitsandbytes, Ray, trackio or DeepSpeed, which it installs
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m optional $(ARGS)
 
 check: setup ## formatting, lint and types

@@ -34,7 +34,16 @@ def one_line(capsys):
 def test_trains_saves_and_says_how_to_go_on(train, tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert train("--max_steps", "4", "--learning_rate", "1e-2") == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"saved in {out}; loss ")
+    saved, router, late = capsys.readouterr().out.splitlines()[-3:]
+    assert saved.startswith(f"saved in {out}; loss ")
+    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in entries if "router_entropy" in entry]
+    weights_of = [f"{logged[at][f'router_weight/layer_{n}']:.2f}" for at in (-1, 0) for n in (2, 3)]
+    assert router.startswith(
+        "router: layers 2, 3 have {}, {} of the weight ({}, {} at first); ".format(*weights_of)
+    )
+    assert router.endswith(f"entropy {logged[-1]['router_entropy']:.2f} nats of at most 0.69")
+    assert late.endswith(f"see what they do: depthmix report {out} HELD_OUT_ROWS")
     assert not list(out.glob(".*"))
     for name in ("adapter_config.json", "tokenizer.json", "depthmix.yaml"):
         assert (out / name).exists()
@@ -80,7 +89,9 @@ def test_every_method(train, tmp_path, flags, trained):
 def test_evaluates_packs_and_accumulates(train, rows, tmp_path, capsys):
     flags = ["--max_steps", "2", "--eval_dataset", rows, "--eval_steps", "1"]
     assert train(*flags, "--gradient_accumulation_steps", "2", "--gradient_checkpointing") == 0
-    assert "; eval loss " in capsys.readouterr().out.splitlines()[-1]
+    saved, _, late = capsys.readouterr().out.splitlines()[-3:]
+    assert "; eval loss " in saved
+    assert late.endswith(f"depthmix report {tmp_path / 'out'}")
 
 
 def test_learning_rates_of_router_and_norms(train, tmp_path):

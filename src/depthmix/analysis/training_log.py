@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 
 from depthmix.carry.run_record import read_json
 from depthmix.carry.saved_run import STATE_NAME, SavedRun
-
-ROUTER_WEIGHT = "router_weight/layer_"
+from depthmix.model.statistics import ROUTER_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,38 @@ def _points(entry: dict[str, Any]) -> list[Point]:
 
 def _is_figure(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def router_summary(log: TrainingLog, folder: Path) -> list[str]:
+    """Return two lines on what the router did in a run; none for a run without MoDE.
+
+    Args:
+        log: of the run.
+        folder: where it is saved.
+    """
+    # A run may be so short that only an evaluation was logged.
+    evaluation = not log.curve("router_entropy")
+    weights = [[value for _, value in curve] for curve in log.weights(evaluation)]
+    if not weights:
+        return []
+    layers = ", ".join(map(str, log.layers))
+    began = f" ({_listed(weights, 0)} at first)" if len(weights[0]) > 1 else ""
+    entropy, most = log.curve("router_entropy", evaluation)[-1][1], math.log(len(weights))
+    divergence = _went(log.curve("distill_loss", evaluation))
+    evaluated = any(point.evaluation for point in log.points)
+    return [
+        f"router: layers {layers} have {_listed(weights, -1)} of the weight{began}; "
+        f"entropy {entropy:.2f} nats of at most {most:.2f}",
+        f"late layers: divergence from the last one {divergence} nats; "
+        f"see what they do: depthmix report {folder}{'' if evaluated else ' HELD_OUT_ROWS'}",
+    ]
+
+
+def _listed(weights: Sequence[Sequence[float]], place: int) -> str:
+    return ", ".join(f"{curve[place]:.2f}" for curve in weights)
+
+
+def _went(curve: Sequence[tuple[int, float]]) -> str:
+    """Return how a figure went, from the first entry of the logs to the last."""
+    values = [curve[0][1], curve[-1][1]][: len(curve)]
+    return " -> ".join(f"{value:.3g}" for value in values)

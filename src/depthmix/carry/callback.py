@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers.trainer
 from accelerate.utils import reduce
-from torch import nn
 from transformers import (
     DefaultFlowCallback,
     Seq2SeqTrainingArguments,
@@ -21,9 +20,10 @@ from transformers.utils import logging
 
 from depthmix.carry.card import write_card
 from depthmix.carry.groups import shares_rate
+from depthmix.carry.trackers import chart_router_weights
 from depthmix.config import MoDEConfig
-from depthmix.errors import DepthmixError, TrainingError
-from depthmix.model.runtime import Runtime, TrainerKind, runtime_of
+from depthmix.errors import TrainingError
+from depthmix.model.runtime import Runtime, TrainerKind, find_runtime
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep MoDE in fp32 where TRL has rounded what is trained on a quantised base to bf16."""
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         mixture = runtime and runtime.mixture()
         for weight in mixture.parameters() if mixture else ():
             weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
@@ -48,7 +48,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the model what trains it, and refuse objectives that would leave MoDE's out."""
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         if runtime is None:
             return
         runtime.statistics.clear()
@@ -72,7 +72,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hold the router while the late layers are distilled."""
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         mixture = runtime and runtime.mixture()
         if runtime and mixture:
             runtime.hold_router = state.global_step < mixture.config.router_warmup_steps
@@ -84,7 +84,7 @@ class RoutingCallback(TrainerCallback):
 
         Looked at where the Trainer logs or saves, since looking waits for the device.
         """
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         mixture = None if runtime is None else runtime.mixture()
         if runtime is None or mixture is None or mixture.config.k == 1:
             return
@@ -107,7 +107,7 @@ class RoutingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the means since the last log, over all processes; of an evaluation, its own."""
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         losses = [name for name in logs or () if name == "loss" or name.endswith("_loss")]
         if runtime is None or logs is None or not losses:
             return
@@ -132,7 +132,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Describe MoDE in the model card of the checkpoint."""
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         if runtime is not None and state.is_world_process_zero:
             write_card(_folder(args) / f"checkpoint-{state.global_step}", runtime)
 
@@ -140,7 +140,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Describe MoDE in the model card of the run, and let go of the model."""
-        runtime = _runtime(kwargs["model"])
+        runtime = find_runtime(kwargs["model"])
         if runtime is None:
             return
         runtime.trainer = None
@@ -152,10 +152,14 @@ class RoutingCallback(TrainerCallback):
 
 
 def watch_trainers() -> None:
-    """Have every Trainer made from now on carry a `RoutingCallback`, before all others."""
+    """Have every Trainer made from now on carry a `RoutingCallback`, before all others.
+
+    Trackers get a chart of the router's weights.
+    """
     callbacks: list[type[TrainerCallback]] = transformers.trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
     if RoutingCallback not in callbacks:
         callbacks.insert(0, RoutingCallback)
+    chart_router_weights()
 
 
 def _require_loss(runtime: Runtime, config: MoDEConfig) -> None:
@@ -195,10 +199,3 @@ def _temperature(args: TrainingArguments) -> float:
 def _folder(args: TrainingArguments) -> Path:
     assert args.output_dir is not None  # TrainingArguments sets a default
     return Path(args.output_dir)
-
-
-def _runtime(model: nn.Module) -> Runtime | None:
-    try:
-        return runtime_of(model)
-    except DepthmixError:
-        return None

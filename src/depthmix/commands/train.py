@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
 
 def train(arguments: TrainArguments) -> int:
     """Train, save and say where the result is."""
+    from depthmix.analysis.training_log import TrainingLog, router_summary
     from depthmix.probe.settle import settled
 
     folder = Path(str(arguments.training.output_dir))
@@ -45,6 +46,8 @@ def train(arguments: TrainArguments) -> int:
         print(_calibrated(trainer, arguments))
     if trainer.is_world_process_zero():
         print(_summary(trainer, folder))
+        for line in router_summary(TrainingLog.of(trainer.state.log_history), folder):
+            print(line)
         address = output.send(folder, trainer)
         if address:
             print(f"sent to {address}")

@@ -242,7 +242,12 @@ def runtime_of(model: nn.Module) -> Runtime:
     Raises:
         DepthmixError: no MoDE is attached.
     """
-    runtime = vars(host_of(model)).get(RUNTIME_NAME)
+    runtime = find_runtime(model)
     if runtime is None:
         raise DepthmixError(f"no MoDE is attached to this {type(model).__name__}")
-    return runtime  # type: ignore[no-any-return]
+    return runtime
+
+
+def find_runtime(model: nn.Module) -> Runtime | None:
+    """Return the runtime of a model, or None if no MoDE is attached."""
+    return vars(host_of(model)).get(RUNTIME_NAME)

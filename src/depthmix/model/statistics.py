@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ROUTER_WEIGHT = "router_weight/layer_"  # and the layer, counted from 0
+
 
 class Statistics:
     """Sums over supervised tokens (rows, of a classifier) since the last `take`.
@@ -72,6 +74,6 @@ class Statistics:
             "ce_loss",
             "distill_loss",
             "router_entropy",
-            *(f"router_weight/layer_{layer}" for layer in self._layers),
+            *(f"{ROUTER_WEIGHT}{layer}" for layer in self._layers),
         ]
         return {name: total / count for name, total in zip(names, totals, strict=True)}
