@@ -138,7 +138,8 @@ def served(folder: Path, engine: list[str]):
     # Its package for CPUs has a program `vllm` that looks for the metadata of another package.
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
-    command += ["--trust-remote-code", "--dtype", "float32", "--max-model-len", "256", *options]
+    command += ["--trust-remote-code", "--dtype", "float32", "--max-model-len", "256"]
+    command += ["--block-size", "32", *options]  # so that short prompts share blocks
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -12,6 +12,7 @@ from depthmix.cli import main
 from depthmix.errors import ConfigError, DepthmixError
 from depthmix.export.code import is_own_code
 from depthmix.export.folder import export_model
+from depthmix.model.temperature import set_temperature
 from models import perturb, tiny_model
 from without_depthmix import IDS, forwards_of, near, without_depthmix
 
@@ -144,3 +145,16 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     (tmp_path / "full/x").touch()
     with pytest.raises(ConfigError, match="is not empty"):
         export_model(tuned("llama"), NoTokenizer(), tmp_path / "full")
+
+
+@torch.no_grad()
+def test_a_temperature_is_folded_into_the_mixture(tmp_path):
+    """The same tokens are the likeliest, and engines need not know of it."""
+    model = tuned("llama")
+    plain = model(IDS).logits
+    set_temperature(model, 1.7)
+    export_model(model, NoTokenizer(), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    logits = loaded(IDS).logits
+    torch.testing.assert_close(logits, plain / 1.7, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits.argmax(-1), plain.argmax(-1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch import nn
 from depthmix.errors import ConfigError, DepthmixError
 from depthmix.export.code import MODULE, Names, run_code
 from depthmix.export.fold import described, folded
+from depthmix.files import whole_folder
 from depthmix.method.mixture import MODULE_NAME, DepthMixture
 from depthmix.model.active import host_of
 from depthmix.model.anatomy import Anatomy, Between
 from depthmix.model.probing import evaluating, run_probe
 from depthmix.model.runtime import runtime_of
+from depthmix.model.temperature import temperature_of
 
 
 def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -41,26 +42,16 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         ConfigError: the folder holds something, or the exported code does not carry this model.
         DepthmixError: no MoDE is attached, or the tuning method cannot be merged.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty")
-    runtime = runtime_of(model)
-    host = merged(model)
-    mixture = runtime.mixture()
-    if mixture is None or mixture.config.k == 1:
-        raise DepthmixError("there is no mixture to export: k is 1, or MoDE is switched off")
-    staging = folder.with_name(f".{folder.name}.exporting")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as staging:
+        runtime = runtime_of(model)
+        host = merged(model)
+        mixture = runtime.mixture()
+        if mixture is None or mixture.config.k == 1:
+            raise DepthmixError("there is no mixture to export: k is 1, or MoDE is switched off")
         exported = _rebuilt(host, mixture, runtime.anatomy, staging / f"{MODULE}.py")
         # By the names they have in memory: those on the hub belong to the class of the base.
         exported.save_pretrained(staging, save_original_format=False)
         tokenizer.save_pretrained(staging)
-        if folder.exists():
-            folder.rmdir()
-        staging.replace(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def merged(model: nn.Module) -> Any:
@@ -120,7 +111,7 @@ def _built(
     host: Any, mixture: DepthMixture, anatomy: Anatomy, trunk: str, names: Names, file: Path
 ) -> Any:
     config = copy.deepcopy(host.config)
-    parameters = folded(mixture, _take_scaling(config))
+    parameters = folded(mixture, _take_scaling(config) * temperature_of(host))
     config.depthmix = {
         "layers": [path.removeprefix(f"{trunk}.") for path in anatomy.layer_paths],
         "norm": anatomy.norm_path and anatomy.norm_path.removeprefix(f"{trunk}."),

@@ -35,7 +35,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module in modes:
         # On a CPU, a 4-bit linear map of bitsandbytes repacks its weight when it first runs in
         # evaluation, and gives no gradients from then on.
-        module.training = isinstance(module, nn.Linear)
+        module.training = type(module).__module__.startswith("bitsandbytes.")
     try:
         with torch.no_grad():
             yield
