@@ -279,6 +279,18 @@ def test_a_run_that_no_temperature_fits_is_kept(train, tmp_path, monkeypatch, ca
     assert SavedRun.find(str(tmp_path / "out")).temperature == 1.0
 
 
+def test_an_export_has_the_temperature_or_is_refused(calibrated, tmp_path, capsys):
+    status = main(["export", str(calibrated), str(tmp_path / "exported")])
+    if status != 0:  # its logits are others
+        assert "the exported code does not carry this model" in capsys.readouterr().err
+        return
+    ids = torch.arange(5, 15)[None]
+    models = [load_saved(SavedRun.find(str(f))) for f in (calibrated, tmp_path / "exported")]
+    with torch.no_grad():
+        logits = [model.eval()(input_ids=ids).logits for model in models]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
 def test_overwriting_a_run_takes_its_temperature_away(train, tmp_path):
     flags = ("--max_steps", "1", "--validation_split", "0.4")
     assert train(*flags, "--calibrate") == 0

@@ -307,7 +307,9 @@ def test_a_method_may_be_calibrated(tiny, pairs, tmp_path, capsys, split, where)
     text = (tmp_path / "out/results.md").read_text()
     assert f"fitted on {where}" in text
     assert f"| {plain['ece']:.3f} |" in text
-    assert max(map(len, capsys.readouterr().out.partition("figures: ")[0].splitlines())) <= 80
+    printed = capsys.readouterr().out.partition("figures: ")[0]
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
 
 
 def test_results_from_before_calibration_are_still_reported(tmp_path):

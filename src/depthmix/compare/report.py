@@ -29,7 +29,7 @@ HEADER = (
 
 
 # Columns of the two tables that a terminal shows, and how it calls them.
-_QUALITY, _COST = (0, 1, 2, 3, 4, 5), (0, 6, 7, 8)
+_QUALITY, _COST = (0, 1, 2, 3, 4), (0, 5, 6, 7, 8)
 _NARROW = {
     "held-out loss": "loss",
     "better than the baseline by": "better by",

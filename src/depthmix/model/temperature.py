@@ -22,6 +22,7 @@ class _Temperature:
 
     def __init__(self, host: Any, value: float) -> None:
         self.value = value
+        self._host = host
         self._head: nn.Module | None = None
         self._on_head: Any = None
         self._on_host = host.register_forward_pre_hook(self.follow)
@@ -35,9 +36,9 @@ class _Temperature:
                 self._on_head.remove()
             self._head, self._on_head = head, head.register_forward_pre_hook(self.divide)
 
-    def divide(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Divide in inference; a head in training mode is left alone."""
-        return None if head.training else (args[0] / self.value, *args[1:])
+    def divide(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Divide in inference; in training the model is left alone."""
+        return None if self._host.training else (args[0] / self.value, *args[1:])
 
     def remove(self) -> None:
         """Take the hooks off."""

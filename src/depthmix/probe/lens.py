@@ -96,7 +96,8 @@ def mapped_to_last(
     gram = x @ x.T
     gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
     dual = torch.linalg.solve(gram, gap - offset)
-    return others + offset + (others - mean) @ x.T @ dual
+    mapped: Tensor = others + offset + (others - mean) @ x.T @ dual
+    return mapped
 
 
 def _sums(
