@@ -95,9 +95,7 @@ def export_plain(saved: SavedRun, arguments: argparse.Namespace, out: Path) -> N
         print("note: the mixture is left out; --dataset distils it first and says what that costs")
         temperature = temperature_of(teacher)
         if temperature != 1:
-            print(
-                f"note: so is the run's temperature: draw at {temperature:.3g} times yours"
-            )
+            print(f"note: so is the run's temperature: draw at {temperature:.3g} times yours")
     else:
         _distil(student, teacher, tokenizer, rows, arguments)
     write_plain(student, tokenizer, out)

@@ -52,7 +52,12 @@ def has_curves(results: dict[str, Any]) -> bool:
     return any(len(run.get("curve", ())) > 1 for run in results["runs"])
 
 
-def plot_over_time(results: dict[str, Any], path: Path, metrics: Sequence[str] = ()) -> None:
+def plot_over_time(
+    results: dict[str, Any],
+    path: Path,
+    metrics: Sequence[str] = tuple(_METRICS),
+    unit: str = "seconds",
+) -> None:
     """Draw metrics against the time of training, a task a row; the band is the seeds' range.
 
     Methods that were trained for a single epoch are points. A dotted line is at 95 % of the best
@@ -60,16 +65,15 @@ def plot_over_time(results: dict[str, Any], path: Path, metrics: Sequence[str] =
     """
     from matplotlib.figure import Figure
 
-    chosen = metrics or tuple(_METRICS)
     tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
-    figure = Figure(figsize=(5.2 * len(chosen), 3.6 * len(tasks) + 0.5), layout="constrained")
-    grid = figure.subplots(len(tasks), len(chosen), squeeze=False)
+    figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks) + 0.5), layout="constrained")
+    grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
     baseline = results["experiment"]["baseline"]
     for row, task in zip(grid, tasks, strict=True):
         runs = [run for run in results["runs"] if run["task"] == task and run["seconds"] > 0]
-        for axes, metric in zip(row, chosen, strict=True):
+        for axes, metric in zip(row, metrics, strict=True):
             _plot(axes, runs, metric, baseline)
-            axes.set(title=task, xlabel="seconds of training", ylabel=_METRICS[metric])
+            axes.set(title=task, xlabel=f"training, {unit}", ylabel=_METRICS[metric])
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
