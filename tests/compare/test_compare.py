@@ -136,9 +136,8 @@ def test_a_folder_has_no_revision(tiny, pairs, tmp_path, capsys):
     assert f"--revision: {tiny} is a folder, which has none" in capsys.readouterr().err
 
 
-def test_runs_are_known_by_the_weights_of_the_model(tiny, pairs, tmp_path, monkeypatch):
+def test_runs_are_known_by_the_weights_of_the_model(tiny, pairs, tmp_path):
     """A model that has moved is the same one; one that has changed in its place is not."""
-    monkeypatch.setattr("depthmix.compare.engine._require_method", lambda *_: None)
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
 
