@@ -334,6 +334,11 @@ INTEGERS = {
         "--parts": "choice",
     },
     "compare": {"--workers": "count", "--gpus": "not negative"},
+    "serve": {"--engine": "choice"},
+    "export": {
+        **{"--steps": "count", "--batch-size": "count", "--max-length": "count"},
+        "--learning-rate": "positive",
+    },
 }
 INTEGERS["generate"] |= {"--temperature": "not negative", "--format": "choice"}
 for command in ("generate", "chat", "eval", "bench", "compare"):
@@ -368,6 +373,7 @@ def right(tiny, rows, tuned, tmp_path):
         "cache": ["cache", "list"],
         "info": ["info", tiny],
         "export": ["export", out, str(tmp_path / "exported")],
+        "serve": ["serve", out],
     }
 
 
@@ -487,7 +493,18 @@ MISSING = {
         ["export", "{tiny}", "exported"],
         ["export", "{out}", "a-file"],
         ["export", "{out}", "full"],
+        ["export", "{out}", "full", "--plain"],
+        ["export", "{out}", "exported", "--dataset", "{rows}"],
+        ["export", "{out}", "exported", "--plain", "--dataset", "none.jsonl"],
         ["export", "{out}"],
+    ],
+    "serve": [
+        ["serve"],
+        ["serve", "none", "--port", "0"],
+        ["serve", "empty", "--port", "0"],
+        ["serve", "{out}", "--port", "65536"],
+        ["serve", "{out}", "--host", "no such host"],
+        ["serve", "{out}", "--", "--max-model-len", "9"],
     ],
     "": [["trian"], ["--verson"], [""], ["Train"]],
 }
