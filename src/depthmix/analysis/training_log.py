@@ -105,9 +105,8 @@ def router_summary(log: TrainingLog, folder: Path) -> list[str]:
         log: of the run.
         folder: where it is saved.
     """
-    evaluation = not log.curve(
-        "router_entropy"
-    )  # a run so short that only an evaluation was logged
+    # A run may be so short that nothing but an evaluation was logged.
+    evaluation = not log.curve("router_entropy")
     weights = [[value for _, value in curve] for curve in log.weights(evaluation)]
     if not weights:
         return []
@@ -118,8 +117,8 @@ def router_summary(log: TrainingLog, folder: Path) -> list[str]:
     return [
         f"router: layers {layers} have {_listed(weights, -1)} of the weight{began}; "
         f"entropy {entropy:.2f} nats of at most {most:.2f}",
-        f"late layers: divergence from the last one {_went(log.curve('distill_loss', evaluation))} nats; "
-        f"see what they do: depthmix report {folder}{'' if evaluated else ' HELD_OUT_ROWS'}",
+        f"late layers: divergence from the last one {_went(log.curve('distill_loss', evaluation))} "
+        f"nats; see what they do: depthmix report {folder}{'' if evaluated else ' HELD_OUT_ROWS'}",
     ]
 
 
