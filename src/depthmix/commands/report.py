@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthmix.carry.saved_run import SavedRun
+from depthmix.charts import require_charts
 from depthmix.commands.model_options import add_model_options, find_run, loading
 from depthmix.commands.parser import MOST_SEED, Parser, folder, integer
 from depthmix.errors import ConfigError
@@ -30,8 +30,7 @@ examples:
 def run(argv: Sequence[str]) -> int:
     """Look, write and say where."""
     arguments = _parser().parse_args(argv)
-    if find_spec("altair") is None or find_spec("vl_convert") is None:
-        raise ConfigError("depthmix report needs altair: pip install 'depthmix[report]'")
+    require_charts("depthmix report")
     saved = find_run(arguments.target, arguments.revision)
     where = _where(saved, arguments)
     report = _look(saved, arguments)

@@ -6,7 +6,8 @@ from typing import Any
 
 from depthmix.analysis.observations import Observations
 from depthmix.analysis.predictors import agreement, names_of, reliability, score_predictors
-from depthmix.report.figures import HEIGHT, PALETTE, Figure, colour, sized
+from depthmix.charts import HEIGHT, PALETTE, colour, sized
+from depthmix.report.figures import Figure
 
 
 def layer_figures(seen: Observations) -> list[Figure]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from depthmix.analysis.observations import Observations
 from depthmix.analysis.routing import Difference, Grouping
-from depthmix.report.figures import Figure, colour, layer_name, sized
+from depthmix.charts import colour, sized
+from depthmix.report.figures import Figure, layer_name
 
 _ENTROPY_BINS = 30
 

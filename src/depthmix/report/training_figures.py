@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from depthmix.analysis.training_log import TrainingLog
-from depthmix.report.figures import Figure, colour, layer_name, sized
+from depthmix.charts import colour, sized
+from depthmix.report.figures import Figure, layer_name
 
 
 def training_figures(log: TrainingLog) -> list[Figure]:
