@@ -279,11 +279,8 @@ def test_a_run_that_no_temperature_fits_is_kept(train, tmp_path, monkeypatch, ca
     assert SavedRun.find(str(tmp_path / "out")).temperature == 1.0
 
 
-def test_an_export_has_the_temperature_or_is_refused(calibrated, tmp_path, capsys):
-    status = main(["export", str(calibrated), str(tmp_path / "exported")])
-    if status != 0:  # its logits are others
-        assert "the exported code does not carry this model" in capsys.readouterr().err
-        return
+def test_an_export_has_the_temperature(calibrated, tmp_path):
+    assert main(["export", str(calibrated), str(tmp_path / "exported")]) == 0
     ids = torch.arange(5, 15)[None]
     models = [load_saved(SavedRun.find(str(f))) for f in (calibrated, tmp_path / "exported")]
     with torch.no_grad():

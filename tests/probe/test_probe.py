@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from transformers import BartConfig, BartForCausalLM, RobertaConfig, RobertaForCausalLM
 
 import depthmix
 import reference
@@ -18,7 +19,7 @@ from depthmix.probe.choice import choose, shares
 from depthmix.probe.lens import RIDGE, mapped_to_last, predictions
 from depthmix.probe.observe import Observed, observe
 from depthmix.train.arguments import parse
-from models import ANATOMIES, LAYERS, tiny_model, token_ids
+from models import ANATOMIES, LAYERS, randomise, tiny_model, token_ids
 
 IGNORED = -100
 
@@ -74,6 +75,32 @@ def test_states_and_gradients_are_those_of_the_definition(model_type, monkeypatc
         squares = sum(p.grad.square().sum() for p in parameters if p.grad is not None)
         assert norm == pytest.approx(squares.sqrt().item() / len(labels), rel=1e-3)
         assert norm > 0
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_layers_behind_more_than_a_norm_and_labels_that_stay(shifted):
+    """RoBERTa has dense layers in front of its head; BART's causal form predicts its own labels."""
+    common = {"vocab_size": 97, "max_position_embeddings": 64, "is_decoder": True}
+    if shifted:
+        sizes = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+        base = RobertaForCausalLM(RobertaConfig(intermediate_size=64, **sizes, **common))
+    else:
+        sizes = {f"{part}_layers": LAYERS for part in ("encoder", "decoder")}
+        sizes |= {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+        base = BartForCausalLM(BartConfig(d_model=32, decoder_ffn_dim=64, **sizes, **common))
+    model = on_all_layers(randomise(base).eval())
+    seen = observe(model, token_rows())
+    alone, _ = predictions(runtime_of(model), seen)
+    depthmix.detach(model)
+    losses = []
+    for i, row in enumerate(token_rows()):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        labels = torch.tensor(row["labels"])
+        logits, labels = (logits[:-1], labels[1:]) if shifted else (logits, labels)
+        losses += F.cross_entropy(logits, labels, reduction="none")[labels >= 0] if i % 2 else []
+    assert alone.loss[-1] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert min(seen.gradients) > 0
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])

@@ -58,8 +58,8 @@ def observe(model: nn.Module, rows: Sequence[TokenRow]) -> Observed:
     runtime = runtime_of(model)
     model.eval()
     tuned = any(p.requires_grad for layer in _layers(runtime) for p in layer.parameters())
-    tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-    every = -(-tokens // KEPT_TOKENS)
+    labelled = sum(label != IGNORED for row in rows for label in row["labels"])
+    every, tokens = -(-labelled // KEPT_TOKENS), 0
     kept: list[tuple[Tensor, Tensor]] = []
     of_rows: list[Tensor] = []
     with tqdm(total=len(rows), desc="probing rows", unit="row", leave=False) as progress:
@@ -67,6 +67,7 @@ def observe(model: nn.Module, rows: Sequence[TokenRow]) -> Observed:
             batch = padded([rows[place] for place in places], runtime.host.device)
             labels = targets(batch.pop("labels"), runtime.anatomy.labels_shifted)
             supervised = labels != IGNORED
+            tokens += int(supervised.sum())
             with torch.set_grad_enabled(tuned):
                 states = _states(runtime, batch)[supervised]
                 if tuned:
