@@ -133,11 +133,13 @@ def test_texts_have_no_prompt_to_answer(train_on, capsys):
 # --- early stopping
 
 
-def test_early_stopping_keeps_the_best(train, rows, tmp_path, capsys):
-    """At a rate at which it gets worse: stopped early, a finished run, its best checkpoint."""
-    flags = ["--eval_dataset", rows, "--early_stopping_patience", "2", "--eval_steps", "1"]
-    flags += ["--learning_rate", "3", "--max_steps", "30", "--lr_scheduler_type", "constant"]
-    assert train(*flags, "--max_grad_norm", "0") == 0
+def test_early_stopping_keeps_the_best(train, tmp_path, capsys):
+    """Rows of other tokens get worse: stopped early, a finished run, its best checkpoint."""
+    others = tmp_path / "others.jsonl"
+    others.write_text(json.dumps({"prompt": "What is", "completion": " the the the the the the"}))
+    flags = ["--eval_dataset", str(others), "--early_stopping_patience", "2", "--eval_steps", "1"]
+    flags += ["--learning_rate", "2e-2", "--max_steps", "30", "--lr_scheduler_type", "constant"]
+    assert train(*flags) == 0
     found = state(tmp_path / "out")
     assert found["global_step"] < 30
     assert found["best_global_step"] == found["global_step"] - 2
@@ -218,7 +220,8 @@ def test_a_resumed_run_begins_to_count_at_its_checkpoint(train, tmp_path, capsys
 
 def test_a_single_entry_is_no_course_of_the_loss(train, capsys):
     assert train(*ONE) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    said = next(line for line in lines if line.startswith("saved in"))
     assert "; loss " in said
     assert "->" not in said
 
@@ -257,6 +260,7 @@ class Sent:
 RESULT = {
     *("adapter_config.json", "adapter_model.safetensors", "depthmix.yaml", "README.md"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "depthmix_run.json"),
+    "trainer_state.json",  # the logs, which a report reads
 }
 
 
