@@ -335,6 +335,11 @@ INTEGERS = {
     },
     "compare": {"--workers": "count", "--gpus": "not negative"},
     "serve": {"--engine": "choice"},
+    "probe": {"--rows": "count"},
+    "report": {
+        **{"--rows": "count", "--max-new-tokens": "count", "--permutations": "count"},
+        "--format": "choice",
+    },
     "export": {
         **{"--steps": "count", "--batch-size": "count", "--max-length": "count"},
         "--learning-rate": "positive",
@@ -374,6 +379,9 @@ def right(tiny, rows, tuned, tmp_path):
         "info": ["info", tiny],
         "export": ["export", out, str(tmp_path / "exported")],
         "serve": ["serve", out],
+        "probe": ["probe", tiny, rows],
+        "calibrate": ["calibrate", out, rows],
+        "report": ["report", out, rows, "--output", str(tmp_path / "report")],
     }
 
 
@@ -505,6 +513,32 @@ MISSING = {
         ["serve", "{out}", "--port", "65536"],
         ["serve", "{out}", "--host", "no such host"],
         ["serve", "{out}", "--", "--max-model-len", "9"],
+    ],
+    "probe": [
+        ["probe"],
+        ["probe", "{tiny}"],
+        ["probe", "./none", "{rows}"],
+        ["probe", "{tiny}", "none.jsonl"],
+        ["probe", "{tiny}", "empty"],
+        ["probe", "{out}", "{rows}"],
+        ["probe", "{tiny}", "{rows}", "--k", "2"],
+        ["probe", "{tiny}", "{rows}", "--plot", "a-file/b.png"],
+    ],
+    "calibrate": [
+        ["calibrate"],
+        ["calibrate", "{out}"],
+        ["calibrate", "none", "{rows}"],
+        ["calibrate", "empty", "{rows}"],
+        ["calibrate", "{out}", "none.jsonl"],
+        ["calibrate", "{out}", "{rows}", "--plot", "a-file/b.png"],
+    ],
+    "report": [
+        ["report"],
+        ["report", "none", "{rows}"],
+        ["report", "empty", "{rows}"],
+        ["report", "{out}"],
+        ["report", "{out}", "none.jsonl"],
+        ["report", "{out}", "{rows}", "--output", "a-file"],
     ],
     "": [["trian"], ["--verson"], [""], ["Train"]],
 }
