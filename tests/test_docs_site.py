@@ -28,6 +28,6 @@ def test_it_builds_without_a_warning_and_has_every_command(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     commands = (tmp_path / "commands.html").read_text()
     assert all(f"depthmix {name} --help" in commands for name in COMMANDS)
-    assert "tokens × vocabulary" in (tmp_path / "index.html").read_text()
+    assert "mixture-of-depths ensemble" in (tmp_path / "index.html").read_text()
     assert "depthmix.config.MoDEConfig" in (tmp_path / "api.html").read_text()
     assert (tmp_path / "examples" / "routing.ipynb").exists()
