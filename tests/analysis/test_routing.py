@@ -1,12 +1,21 @@
 """Groups of tokens, and whether their routing differs."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
 
+import depthmix
 from command_fixtures import build_tokenizer
 from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.parts_of_speech import load_tagger, parts_of_speech
 from depthmix.analysis.routing import Grouping, differences, grouped_by, groupings
 from depthmix.analysis.token_classes import Pieces, kind_of
+from depthmix.errors import ConfigError
+from models import attached, token_ids
 
 TOKENIZER = build_tokenizer()
 TEXT = "What is 3 + 4?\nSo be it."
@@ -137,6 +146,39 @@ def test_rows_of_data_sets_are_compared_as_rows():
     assert not any(d.is_real for d in within)
 
 
+class Tagger:
+    """Tags every word by its first letter."""
+
+    def __call__(self, text):
+        words = re.finditer(r"\w+|[^\w\s]", text)
+        return [SimpleNamespace(idx=w.start(), text=w[0], pos_=w[0][0].upper()) for w in words]
+
+
+def test_parts_of_speech_are_those_of_the_word_that_a_token_is_in():
+    pieces = ["Th", "e", " ca", "t", " ", "sat", ".", "\n", "<end>"]
+    tags = parts_of_speech(pieces, Tagger())
+    assert tags == ["T", "T", "C", "C", "", "S", ".", "", "<"]
+    rows = make_rows()
+    seen = make_seen(rows, lambda *_: 0.5)
+    groups = {g.name: g for g in groupings(seen, rows, TOKENIZER, Tagger())}
+    labels = np.array(groups["part of speech in prompts"].labels)
+    assert set(labels[seen.supervised]) == {""}
+    assert "I" in labels  # of "is"
+
+
+@pytest.mark.optional
+def test_a_pipeline_of_spacy_is_loaded_from_its_folder(tmp_path):
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    ruler = pipeline.add_pipe("attribute_ruler")
+    ruler.add([[{"LOWER": "cat"}]], {"POS": "NOUN"})
+    pipeline.to_disk(tmp_path)
+    tagger = load_tagger(str(tmp_path))
+    assert parts_of_speech(["The", " c", "at", "."], tagger) == ["", "NOUN", "NOUN", ""]
+    with pytest.raises(ConfigError, match="no such pipeline"):
+        load_tagger("nowhere")
+
+
 def test_labels_of_ones_own_for_a_classifier_that_pools():
     generator = np.random.default_rng(0)
     labels = ["yes" if i % 2 else "no" for i in range(30)]
@@ -153,3 +195,22 @@ def test_a_group_that_is_left_out_is_not_compared():
     table = differences(gate, np.zeros(3, dtype=int), [group], 99)
     assert table[0].difference == pytest.approx(-0.1)
     assert np.isnan(table[0].p)
+
+
+def test_a_classifier_of_both_directions_by_its_recorded_gates():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    base = BertForSequenceClassification(BertConfig(vocab_size=97, intermediate_size=64, **sizes))
+    model = attached(base.eval(), k=2)
+    with depthmix.routing(model) as record, torch.no_grad():
+        model(token_ids(12, 9))
+    labels = ["even" if i % 2 == 0 else "odd" for i in range(12)]
+    gates = np.concatenate([gate.numpy() for gate in record.gates])
+    table = differences(gates, np.arange(12), [grouped_by("label", labels, of_rows=True)], 199)
+    assert [(line.group, line.layer) for line in table] == [
+        ("even", 0),
+        ("even", 1),
+        ("odd", 0),
+        ("odd", 1),
+    ]
+    assert table[0].weight == pytest.approx(gates[::2, 0].mean())
+    assert table[0].difference == pytest.approx(gates[::2, 0].mean() - gates[1::2, 0].mean())

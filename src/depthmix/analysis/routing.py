@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.parts_of_speech import parts_of_speech
 from depthmix.analysis.permutation import (
     PERMUTATIONS,
     Tested,
@@ -89,12 +90,21 @@ class Difference:
 
 
 def groupings(
-    seen: Observations, rows: Sequence[TokenRow], tokenizer: PreTrainedTokenizerBase
+    seen: Observations,
+    rows: Sequence[TokenRow],
+    tokenizer: PreTrainedTokenizerBase,
+    tagger: Any = None,
 ) -> list[Grouping]:
     """Return the ways in which a report tells tokens apart, each by the token that is predicted.
 
     Class, position, frequency and surprise are looked at among the tokens that are learned, and
     class among the others as well, so that no difference is one between prompt and completion.
+
+    Args:
+        seen: what was seen of the tokens.
+        rows: the rows that they are of.
+        tokenizer: of the model.
+        tagger: a pipeline of spaCy, for parts of speech.
     """
     learned = seen.supervised
     pieces = Pieces(tokenizer)
@@ -111,10 +121,26 @@ def groupings(
         _binned("frequency among these rows", counts, _FREQUENCY, "100 times or more", learned),
         _binned("surprise", seen.surprise, _SURPRISE, "3 nats or more", learned),
     ]
+    if tagger is not None:
+        found += _by_part_of_speech(seen, rows, pieces, tagger)
     names = tuple(dict.fromkeys(sources))
     if len(names) > 1:
         found.append(Grouping("data set", _only(sources, learned), names, of_rows=True))
     return [grouping for grouping in found if len(set(grouping.labels) - {""}) > 1]
+
+
+def _by_part_of_speech(
+    seen: Observations, rows: Sequence[TokenRow], pieces: Pieces, tagger: Any
+) -> list[Grouping]:
+    tags = {
+        place: parts_of_speech([pieces[token] for token in rows[place].ids], tagger)
+        for place in set(seen.row.tolist())
+    }
+    labels = [tags[r][t] for r, t in zip(seen.row, seen.position, strict=True)]
+    return [
+        grouped_by("part of speech", _only(labels, seen.supervised)),
+        grouped_by("part of speech in prompts", _only(labels, ~seen.supervised)),
+    ]
 
 
 def differences(

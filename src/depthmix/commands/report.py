@@ -70,6 +70,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         all_layers=arguments.all_layers,
         permutations=arguments.permutations,
         seed=arguments.seed,
+        pos=arguments.pos,
     )
 
 
@@ -136,5 +137,10 @@ def _parser() -> Parser:
     )
     look.add_argument(
         "--seed", type=integer(0, MOST_SEED), default=0, metavar="N", help="of these (default: 0)"
+    )
+    look.add_argument(
+        "--pos",
+        metavar="PIPELINE",
+        help="of spaCy, such as en_core_web_sm: routing by part of speech (default: left out)",
     )
     return parser

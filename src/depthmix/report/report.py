@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmix.analysis.observations import Observations, TokenRow
 from depthmix.analysis.observe import observe
+from depthmix.analysis.parts_of_speech import load_tagger
 from depthmix.analysis.predictors import (
     Complement,
     PredictorScore,
@@ -45,6 +46,7 @@ class Options:
         all_layers: look at every layer, not at the late ones alone.
         permutations: of the tests against chance.
         seed: of the permutations.
+        pos: pipeline of spaCy that tells parts of speech; None to leave them out.
     """
 
     sources: Sequence[str] = ()
@@ -57,6 +59,7 @@ class Options:
     all_layers: bool = False
     permutations: int = 9_999
     seed: int = 0
+    pos: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def make_report(
     Raises:
         DepthmixError: there are no rows, or the model is of a kind that cannot be looked at.
     """
+    tagger = None if options.pos is None else load_tagger(options.pos)
     sources = options.sources
     held = rows_of(run, tokenizer, sources, options.split, options.format, options.rows)
     shown = _shown(held.rows, options.shown)
@@ -141,7 +145,7 @@ def make_report(
     seen = everything.where(everything.row < len(rows))
     visible = (everything.row < len(shown)) | (everything.row >= len(rows))
     log = TrainingLog.read(run)
-    groups = groupings(seen, rows, tokenizer) if seen.late else []
+    groups = groupings(seen, rows, tokenizer, tagger) if seen.late else []
     table = differences(seen.gate, seen.row, groups, options.permutations, options.seed)
     return Report(
         name=run.name,
