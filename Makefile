@@ -97,7 +97,7 @@ $(VLLM)/.installed: $(STAMP)
 	@touch $@
 
 docs: $(DOCS) ## build the documentation site in build/site; warnings and broken links are errors
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 format: setup ## format the code and mend what ruff can mend
 	$(PYTHON) -m ruff format $(SOURCES)

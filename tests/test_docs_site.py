@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_it_builds_without_a_warning_and_has_every_command(tmp_path):
     pytest.importorskip("material")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(
         [*command, "--site-dir", str(tmp_path)],
         cwd=ROOT,
