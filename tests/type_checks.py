@@ -235,12 +235,16 @@ def exported(base, model, expected, ask):
     perturb(model.depthmix)
     with tempfile.TemporaryDirectory() as parent, torch.no_grad():
         base.save_pretrained(Path(parent) / "base")
-        again = AutoModelForCausalLM.from_pretrained(Path(parent) / "base").eval()
+        try:
+            again = AutoModelForCausalLM.from_pretrained(Path(parent) / "base").eval()
+        except ValueError:
+            return "not checked: transformers does not load this type again"
         if not torch.allclose(again(input_ids=IDS).logits, expected, rtol=0, atol=1e-5):
             return "not checked: transformers does not save this type whole"
         wanted, _ = forwards_of(model)
-        if not near(half(again), half(base), 0.02):
-            wanted["bfloat16"] = None  # experts chosen by a hair: rounding makes it another model
+        in_half = AutoModelForCausalLM.from_pretrained(Path(parent) / "base", dtype=torch.bfloat16)
+        if not near(in_half.eval()(input_ids=IDS).logits, half(base), 0.02):
+            wanted["bfloat16"] = None  # the base model, loaded so, is not the one that is cast
         folder = Path(parent) / "exported"
         try:
             export_model(model, NoTokenizer(), folder)

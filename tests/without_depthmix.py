@@ -137,6 +137,7 @@ def main():
     for line in sys.stdin:
         how, folder = line.strip().split(" ", 1)
         found, errors = forwards_of(load(folder))
+        found["bfloat16"] = logits(load(folder, dtype=torch.bfloat16))  # the mixture stays in fp32
         found |= whole(folder) if how == "whole" else {}
         torch.save({**found, "errors": errors}, f"{folder}.pt")
         print("done", flush=True)

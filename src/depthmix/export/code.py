@@ -104,13 +104,15 @@ class Names:
     @cached_property
     def code(self) -> str:
         """The file."""
-        text = _TEMPLATE.read_text("utf-8").replace(_IMPORT, self.imports)
-        text = text.replace("VERSION", depthmix.__version__)
-        trunk = f"self.{self.path[0]} = DepthMix{self.classes[0]}("
-        text = text.replace("self.model = DepthMixLlamaModel(", trunk)
         names = {"LlamaForCausalLM": self.host, "LlamaModel": self.classes[-1]}
-        # Not one after the other: a name may be part of the other one.
-        text = re.sub("|".join(names), lambda found: names[found[0]], text)
+        before, _, after = _TEMPLATE.read_text("utf-8").partition(_IMPORT)
+        # Not one after the other, nor in the imports: a name may be part of another one.
+        before, after = (
+            re.sub("|".join(names), lambda found: names[found[0]], part) for part in (before, after)
+        )
+        text = f"{before.replace('VERSION', depthmix.__version__)}{self.imports}{after}"
+        trunk = f"self.{self.path[0]} = DepthMix{self.classes[0]}("
+        text = text.replace(f"self.model = DepthMix{self.classes[-1]}(", trunk)
         if len(self.path) == 1:
             return text
         outer, inner = self.classes

@@ -142,6 +142,8 @@ def _take_scaling(config: Any) -> float:
     """
     text = config.get_text_config()
     scaling = float(getattr(text, "logits_scaling", 1.0))
-    if scaling != 1.0:
+    if "dim_model_base" in vars(text):  # MiniCPM3, which works it out of this
+        text.dim_model_base = text.hidden_size
+    elif scaling != 1.0:
         text.logits_scaling = 1.0
     return scaling
