@@ -1,0 +1,86 @@
+"""What a temperature does for the runs of a comparison that is done, without training them again.
+
+    python experiments/temperatures.py experiments/confirm_budgets.yaml --output temperatures.json
+
+Of each run, the temperature is fitted on the task's validation rows; loss and calibration error are
+of the rows that the comparison scored, at 1 and at the temperature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from depthmix.analysis.layers import encode, score_rows
+from depthmix.calibration.fit import fit_calibration
+from depthmix.carry.saved_run import SavedRun
+from depthmix.compare.engine import SCORED_ROWS, Cell, prepare
+from depthmix.compare.experiment import read_experiment
+from depthmix.compare.rows import Row, load_rows
+from depthmix.data.batches import TokenRow
+from depthmix.data.tokens import IGNORED
+from depthmix.files import write_text
+from depthmix.model.temperature import set_temperature
+from depthmix.pretrained import Loading, ignore_renamed_properties, load_saved, load_tokenizer
+
+
+def main() -> None:
+    """Fit and score every run, and print means over the seeds."""
+    parser = argparse.ArgumentParser(description="Fit a temperature to every run.")
+    parser.add_argument("experiment", type=Path, help="as of depthmix compare, whose runs are done")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    ignore_renamed_properties()
+    experiment = read_experiment(options.experiment)
+    validation = {n: load_rows(n, task).validation for n, task in experiment.tasks.items()}
+    found = [
+        calibrated(cell, validation[cell.task]) for cell in prepare(experiment) if cell.result()
+    ]
+    write_text(options.output, json.dumps(found, indent=1))
+    show(found)
+
+
+def calibrated(cell: Cell, validation: list[Row]) -> dict[str, Any]:
+    """Return temperature, and loss and calibration error before and after, of one run."""
+    folder = cell.folder / "tuned"
+    model = load_saved(SavedRun.find(str(folder)), None, Loading(), is_trainable=False)
+    tokenizer = load_tokenizer(str(folder))
+    fitted = fit_calibration(model, [token_row(row, tokenizer) for row in validation])
+    lines = (cell.folder / SCORED_ROWS).read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    figures: dict[str, Any] = {"task": cell.task, "method": cell.method, "seed": cell.seed}
+    for name, temperature in (("before", 1.0), ("after", fitted.temperature)):
+        set_temperature(model, temperature)
+        scores = score_rows(model, tokenizer, rows)
+        figures[name] = {"loss": scores.mean_loss, "ece": scores.reliability.error}
+    return {**figures, "temperature": fitted.temperature}
+
+
+def token_row(row: Row, tokenizer: Any) -> TokenRow:
+    """Return a row as training has it."""
+    ids, prompt = encode(row, tokenizer)
+    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Print means over the seeds."""
+    table = Table("task", "method", "seeds", "T", "loss", "at T", "ECE", "at T ")
+    for task, method in dict.fromkeys((run["task"], run["method"]) for run in found):
+        own = [run for run in found if (run["task"], run["method"]) == (task, method)]
+        cells = [statistics.mean(run["temperature"] for run in own)]
+        for figure in ("loss", "ece"):
+            cells += [statistics.mean(run[when][figure] for run in own) for when in WHEN]
+        table.add_row(task, method, str(len(own)), *(f"{cell:.3f}" for cell in cells))
+    Console().print(table)
+
+
+WHEN = ("before", "after")
+
+if __name__ == "__main__":
+    main()
