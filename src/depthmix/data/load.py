@@ -21,7 +21,6 @@ from depthmix.data.formats import (
     Columns,
     Format,
     Purpose,
-    Question,
     Shape,
     conversational,
     formats_for,
@@ -30,6 +29,7 @@ from depthmix.data.formats import (
     required,
     shape_of,
 )
+from depthmix.data.questions import Question
 from depthmix.data.splits import Piece, mixed
 from depthmix.errors import ConfigError, DataError
 

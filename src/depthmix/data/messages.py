@@ -84,6 +84,8 @@ def chat_preference(row: Row, prompt: str, parts: dict[str, bool]) -> Row:
         DataError: as `chat`, or the two answers are one.
     """
     pair = {name: _messages(row, name, parts) for name in ("chosen", "rejected")}
+    if pair["chosen"] == pair["rejected"]:
+        raise DataError("fields chosen and rejected are the same")
     asked = row.get(prompt)
     if isinstance(asked, list):
         before = _messages(row, prompt, parts)
@@ -98,8 +100,6 @@ def chat_preference(row: Row, prompt: str, parts: dict[str, bool]) -> Row:
     for name, messages in pair.items():
         rest = messages[len(before) :] if messages[: len(before)] == before else messages
         pair[name] = _answered(rest, name)
-    if pair["chosen"] == pair["rejected"]:
-        raise DataError("fields chosen and rejected are the same")
     return {"prompt": before, **pair, **_extras(row)}
 
 

@@ -58,8 +58,8 @@ def require_same_run(record: Path, checkpoint: Path, arguments: TrainArguments) 
     was, asked = recorded.run.objective, arguments.run.objective
     if was != asked:
         raise ConfigError(
-            f"--resume: objective was {was} and is {asked} now ({record}): give it as it was, or start another run (another output_dir, or "
-            "--overwrite)"
+            f"--resume: objective was {was} and is {asked} now ({record}): give it as "
+            "it was, or start another run (another output_dir, or --overwrite)"
         )
     before, now = _values(recorded), _values(arguments)
     changed = [

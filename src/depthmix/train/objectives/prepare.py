@@ -14,7 +14,6 @@ from depthmix.inference.form import appends_eos
 from depthmix.train.arguments import TrainArguments
 from depthmix.train.data import ReadRows, load_rows, notes, placing, prepare_data, require_rows
 from depthmix.train.objectives.prepared import Prepared
-from depthmix.train.objectives.reward_figures import RewardFigures
 from depthmix.train.objectives.rewards import Reward, rewards_of
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ def _pairs(arguments: TrainArguments) -> Prepared:
 
 
 def _prompts(arguments: TrainArguments) -> Prepared:
+    from depthmix.train.objectives.reward_figures import RewardFigures
+
     rewards = rewards_of(arguments.run)
     columns = tuple(dict.fromkeys(column for reward in rewards for column in reward.columns))
     with arguments.training.main_process_first(desc="data"):

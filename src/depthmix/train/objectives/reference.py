@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from peft import PeftModel
-
 from depthmix.errors import ConfigError
 from depthmix.train.arguments import TrainArguments
 
@@ -22,6 +20,8 @@ def reference(arguments: TrainArguments, model: Any) -> dict[str, Any]:
     Raises:
         ConfigError: the trainer takes none.
     """
+    from peft import PeftModel
+
     training, objective = arguments.training, arguments.run.objective
     if objective == "sft" or isinstance(model, PeftModel):
         return {}
@@ -37,5 +37,7 @@ def reference(arguments: TrainArguments, model: Any) -> dict[str, Any]:
 
 def drop_reference(model: Any) -> None:
     """Take TRL's copy off a model that is trained, so that it is not saved as an adapter of it."""
+    from peft import PeftModel
+
     if isinstance(model, PeftModel) and _NAME in model.peft_config:
         model.delete_adapter(_NAME)

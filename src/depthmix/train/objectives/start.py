@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.carry.checkpoint import Checkpoint
 from depthmix.carry.saved_run import Holds, SavedRun
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
@@ -57,6 +56,8 @@ def continued(given: Mapping[str, Given]) -> dict[str, Given]:
     given = negated(known, given)
     made = {n: v for n, v in run.record.options.items() if n in _METHOD}
     if run.has_mode:
+        from depthmix.carry.checkpoint import Checkpoint
+
         config = Checkpoint(run.folder).spec()["config"]
         made |= {"mode": True, **{name: config[name] for name in _MODE}}
     for option, value in made.items():
