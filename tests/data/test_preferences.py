@@ -60,7 +60,7 @@ def test_messages(tmp_path, row):
         ({"prompt": "?", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ({"prompt": "?", "chosen": "a", "rejected": ""}, "field rejected is empty"),
         ({"chosen": "yes", "rejected": "no"}, "no beginning in common"),
-        ({"chosen": "So yes", "rejected": "So yes it is"}, "the beginning of the other"),
+        ({"chosen": "So ", "rejected": "So yes"}, "the beginning of the other"),
         ({"chosen": [USER, YES], "rejected": [USER, YES]}, "chosen and rejected"),
         ({"chosen": [YES], "rejected": [NO]}, "no beginning in common"),
         ({"chosen": [USER, YES], "rejected": [USER]}, "rejected holds no answer"),

@@ -60,6 +60,16 @@ def run(tiny, tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def supervised(tiny, rows, tmp_path_factory):
+    """Folder of a supervised run."""
+    folder = str(tmp_path_factory.mktemp("supervised") / "out")
+    flags = ["--max_steps", "2", "--learning_rate", "1e-2", "--disable_tqdm", "--k", "2"]
+    command = ["train", "--model_name_or_path", tiny, "--dataset", rows, "--output_dir", folder]
+    assert main([*command, *flags]) == 0
+    return folder
+
+
 def test_preferences_are_learned_and_told(run, tiny, tmp_path, capsys):
     assert run("dpo", PAIRS, "--num_train_epochs", "8", "--learning_rate", "1e-2") == 0
     said = capsys.readouterr().out
@@ -187,11 +197,11 @@ def test_evaluation_tells_rewards(run, tmp_path, capsys):
     assert figures["eval_reward_se"] >= 0
 
 
-def test_rewards_go_on_from_an_adapter(run, adapter, tmp_path, capsys):
+def test_rewards_go_on_from_an_adapter(run, supervised, tmp_path, capsys):
     """`--model_name_or_path` is the folder of a supervised run: its adapter is trained on."""
     flags = [*GRPO, "--divergence", "js", "--learning_rate", "0", "--router_learning_rate", "0"]
-    assert run("grpo", ASKED, *flags, "--norm_learning_rate", "0", model=adapter) == 0
-    before, after = weights(adapter), weights(tmp_path / "out")
+    assert run("grpo", ASKED, *flags, "--norm_learning_rate", "0", model=supervised) == 0
+    before, after = weights(supervised), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert name.endswith("spec") or torch.equal(after[name], tensor), name
@@ -202,13 +212,20 @@ def test_rewards_go_on_from_an_adapter(run, adapter, tmp_path, capsys):
     facts = json.loads((tmp_path / "out" / "depthmix_run.json").read_text())
     assert (
         facts["base"]["name"]
-        == json.loads((Path(adapter) / "adapter_config.json").read_text())[
+        == json.loads((Path(supervised) / "adapter_config.json").read_text())[
             "base_model_name_or_path"
         ]
     )
     capsys.readouterr()
-    assert run("grpo", ASKED, *GRPO, "--k", "3", model=adapter, output="other") == 2
+    assert run("grpo", ASKED, *GRPO, "--k", "3", model=supervised, output="other") == 2
     assert "--k: the adapter in" in error(capsys)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "vera", "prompt_tuning", "none"])
+def test_every_method_is_compared_with_itself(run, tmp_path, method):
+    assert run("dpo", PAIRS, "--method", method, "--max_steps", "1") == 0
+    first = next(entry for entry in logged(tmp_path / "out") if "rewards/margins" in entry)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 def test_full_tuning_is_compared_with_itself(run, tmp_path):
@@ -246,7 +263,8 @@ def test_full_tuning_is_compared_with_itself(run, tmp_path):
     ],
 )
 def test_what_cannot_be_is_one_line(run, tmp_path, capsys, objective, flags, said):
-    assert run(objective, ASKED if objective == "grpo" else PAIRS, *flags) == 2
+    status = run(objective, ASKED if objective == "grpo" else PAIRS, *flags)
+    assert status == (1 if "line 1" in said else 2)  # data; options
     assert said in error(capsys)
     assert not (tmp_path / "out").exists()
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from depthmix.data.gym import gym_rows
 from depthmix.errors import ConfigError, DataError, TrainingError
@@ -109,9 +109,9 @@ def test_a_module_that_breaks_is_one_line(module):
         reward("unfinished_rewards:f")
 
 
-def test_standard_error_is_that_of_the_prompts_means():
+def test_standard_error_is_that_of_the_prompts_means(tmp_path):
     """By hand: means 0.5, 1 and 0 of three prompts."""
-    PartialState()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     figures = RewardFigures([1.0, 2.0])
     figures.trainer = SimpleNamespace(model=SimpleNamespace(training=True))
     first, second = figures.watching([reward("exact:a"), reward("exact:b")])
@@ -120,11 +120,11 @@ def test_standard_error_is_that_of_the_prompts_means():
     first(**given, a=[json.dumps("1")] * 6)
     second(**given, b=[json.dumps("no")] * 6)
     logs = {"reward": 0.5}
-    state = SimpleNamespace(log_history=[{}])
-    figures.on_log(SimpleNamespace(device=torch.device("cpu")), state, None, logs)
+    state = TrainerState(log_history=[{}])
+    figures.on_log(arguments, state, TrainerControl(), logs)
     expected = torch.tensor([0.5, 1.0, 0.0]).std() / 3**0.5
     assert logs["reward_se"] == pytest.approx(float(expected))
     assert state.log_history[0]["reward_se"] == logs["reward_se"]
     logs = {"reward": 0.5}  # nothing since the last log
-    figures.on_log(SimpleNamespace(device=torch.device("cpu")), state, None, logs)
+    figures.on_log(arguments, state, TrainerControl(), logs)
     assert "reward_se" not in logs

@@ -217,9 +217,14 @@ def require_known_positions(
         return
     longest = max(map(len, rows), default=0) + further_tokens
     if longest > positions:
+        answers = hasattr(trainer.args, "max_completion_length")  # GRPO's
         raise DataError(
-            f"rows of up to {longest} tokens, but the model has learned {positions} positions: set "
-            f"max_length to {positions - further_tokens}"
+            f"rows of up to {longest} tokens, but the model has learned {positions} positions: "
+            + (
+                f"lower max_completion_length by {longest - positions}"
+                if answers
+                else f"set max_length to {positions - further_tokens}"
+            )
         )
 
 

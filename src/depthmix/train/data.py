@@ -54,6 +54,8 @@ def prepare_data(arguments: TrainArguments) -> TrainingData:
         ConfigError: tokenizer and data do not go together.
     """
     run, training = arguments.run, arguments.training
+    if run.objective != "sft":
+        raise ConfigError(f"objective {run.objective} has no rows with answers to learn")
     with training.main_process_first(desc="data"):
         loaded = load_rows(arguments)
         how = (loaded.tokenizer, run.supervise, training.dataset_num_proc)

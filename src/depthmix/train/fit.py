@@ -79,6 +79,8 @@ def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) ->
 def _trainer(arguments: TrainArguments, data: Prepared) -> Trainer:
     from transformers import set_seed
 
+    from depthmix.inference.form import Form
+    from depthmix.inference.loading import ends_of
     from depthmix.model.active import host_of
     from depthmix.model.temperature import require_no_bias
 
@@ -88,6 +90,8 @@ def _trainer(arguments: TrainArguments, data: Prepared) -> Trainer:
         require_no_bias(host_of(model))  # before anything is trained
     optimizer = _optimizer(arguments, model)
     trainer_of_trl = trainer_class(arguments.run.objective)
+    if data.prompts is not None:  # answers end as those of the tuned model will
+        model.generation_config.eos_token_id = ends_of(model, data.tokenizer, Form(data.format))
     try:
         trainer: Trainer = trainer_of_trl(
             model=model,

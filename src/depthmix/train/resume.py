@@ -18,6 +18,7 @@ _FREE = re.compile(
     r"|disable_tqdm|skip_memory_metrics|torch_empty_cache_steps|restore_callback_\w+"
     r"|dataset_num_proc|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor"
     r"|multiprocessing_context)|use_cpu|attn_implementation|torch_compile|local_rank"
+    r"|num_(generations_eval|completions_to_print)"
     r"|(activation|gradient)_checkpointing(_kwargs)?|activation_offloading|full_determinism"
 )
 # The learning rate goes down to the last step, unless the schedule is constant.

@@ -180,8 +180,8 @@ class RunOptions:
     early_stopping_patience: int | None = field(
         default=None,
         metadata=_help(
-            "Stop after so many evaluations without a better eval_loss (or metric_for_best_model), "
-            "and take the best checkpoint."
+            "Stop after so many evaluations without a better eval_loss (grpo: eval_reward; or "
+            "metric_for_best_model), and take the best checkpoint."
         ),
     )
     eval_accuracy: int | None = field(

@@ -69,7 +69,7 @@ def reward(text: str) -> Reward:
     Raises:
         ConfigError: it names none.
     """
-    kind, colon, rest = text.partition(":")
+    kind, _, rest = text.partition(":")
     if kind == GYM:
         return _gym(text, rest)
     if kind in _KINDS:
@@ -82,7 +82,7 @@ def reward(text: str) -> Reward:
         return _function(text, *found.groups())
     raise ConfigError(
         f"reward {text}: expected number:COLUMN, exact:COLUMN, regex:PATTERN, {GYM} or "
-        f"MODULE:FUNCTION{nearest(kind, _KINDS) if colon else ''}"
+        f"MODULE:FUNCTION{nearest(kind, _KINDS)}"
     )
 
 
@@ -170,7 +170,7 @@ def _function(name: str, module: str, function: str) -> Reward:
     except Exception as error:  # whatever a module of the user's may raise
         raise ConfigError(
             f"reward {name}: {module} cannot be imported from {here}: {type(error).__name__}: "
-            f"{error}"
+            f"{error}{nearest(module, _KINDS)}"
         ) from error
     finally:
         sys.path.remove(here)
