@@ -1,6 +1,8 @@
 """`--objective dpo | grpo`: from rows to a saved adapter, by TRL's own trainers."""
 
 import json
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -221,15 +223,15 @@ def test_rewards_go_on_from_an_adapter(run, supervised, tmp_path, capsys):
     assert "--k: the adapter in" in error(capsys)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "vera", "prompt_tuning", "none"])
-def test_every_method_is_compared_with_itself(run, tmp_path, method):
-    assert run("dpo", PAIRS, "--method", method, "--max_steps", "1") == 0
-    first = next(entry for entry in logged(tmp_path / "out") if "rewards/margins" in entry)
-    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
-
-
-def test_full_tuning_is_compared_with_itself(run, tmp_path):
-    assert run("dpo", PAIRS, "--method", "full", "--max_steps", "1") == 0
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--method", m] for m in ("dora", "ia3", "vera", "prompt_tuning", "none", "full")),
+        ["--precompute_ref_log_probs"],
+    ],
+)
+def test_every_method_is_compared_with_itself(run, tmp_path, flags):
+    assert run("dpo", PAIRS, *flags, "--max_steps", "1") == 0
     first = next(entry for entry in logged(tmp_path / "out") if "rewards/margins" in entry)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
@@ -286,3 +288,19 @@ def test_trainers_are_trls_own():
     from depthmix.train.objectives.options import trainer_class
 
     assert (trainer_class("dpo"), trainer_class("grpo")) == (DPOTrainer, GRPOTrainer)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_transcript_of_the_docs_runs(tiny, tmp_path, monkeypatch, capsys):
+    """Its commands, a step each, on a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(import json.*?)```", page, flags=re.S)
+    exec(compile(code, "objectives.md", "exec"), {})
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+    names = [c[c.index("--objective") + 1] if "--objective" in c else "sft" for c in commands]
+    assert names == ["sft", "grpo", "dpo"]
+    for command in commands:
+        local = [tiny if a == "HuggingFaceTB/SmolLM2-135M-Instruct" else a for a in command[1:]]
+        assert main([*local, "--max_steps", "1"]) == 0, capsys.readouterr().err

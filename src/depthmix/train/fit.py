@@ -52,9 +52,10 @@ def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) ->
     with output.no_empty_folder(folder):
         data = prepare(arguments)
         trainer = _trainer(arguments, data)
-        ids = token_rows(trainer) if data.prompts is None else data.prompts
-        require_known_tokens(trainer, ids)
-        require_known_positions(trainer, ids, _further_tokens(arguments))
+        require_known_tokens(trainer, data.prompts or token_rows(trainer))
+        require_known_positions(
+            trainer, data.prompts or token_rows(trainer), _further_tokens(arguments)
+        )
         notes = [*_without_effect(arguments), *data.notes]
         _follow(trainer, arguments, hub)
         if data.figures is not None:
