@@ -14,6 +14,8 @@ from depthmix.errors import CheckpointError, ConfigError, DepthmixError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from depthmix.config import MoDEConfig
+
 T = TypeVar("T")
 
 
@@ -180,7 +182,7 @@ def _load_saved(
         _require_safe(run)
         if base is None:
             _require_base(run)
-        return _with_adapter(load_base(base or run.base, **options), run, is_trainable)
+        return with_adapter(load_base(base or run.base, **options), run, is_trainable)
     if run.holds is Holds.EXPORT:
         return _exported(run, options)
     where, revision = _place(run)
@@ -252,14 +254,27 @@ def _require_base(run: SavedRun) -> None:
         )
 
 
-def _with_adapter(model: Any, run: SavedRun, is_trainable: bool) -> Any:
+def with_adapter(
+    model: Any, run: SavedRun, is_trainable: bool, config: MoDEConfig | None = None
+) -> Any:
+    """Put a saved adapter on its base model.
+
+    Args:
+        model: the base model.
+        run: where the adapter lies.
+        is_trainable: give it gradients.
+        config: of MoDE, where its loss is to be another one than before.
+
+    Raises:
+        CheckpointError: it does not go onto the model.
+    """
     from peft import PeftModel
 
     import depthmix
 
     try:
         if run.has_mode:
-            return depthmix.load(model, run.folder, is_trainable=is_trainable)
+            return depthmix.load(model, run.folder, is_trainable=is_trainable, config=config)
         return PeftModel.from_pretrained(model, str(run.folder), is_trainable=is_trainable)
     except DepthmixError:
         raise

@@ -127,6 +127,7 @@ def load(
     folder: str | Path,
     is_trainable: bool = False,
     revision: str | None = None,
+    config: MoDEConfig | None = None,
 ) -> Any:
     """Attach the MoDE saved in `folder` to `base_model`, with the adapter saved beside it.
 
@@ -137,6 +138,8 @@ def load(
             on the hub.
         is_trainable: continue training; otherwise the adapter is frozen.
         revision: branch, tag or commit on the hub.
+        config: to train an adapter on with another loss: what the module is made of must be as
+            saved; divergence, weights and the like may be others.
 
     Returns:
         The PeftModel, or `base_model` for a fully fine-tuned checkpoint.
@@ -155,7 +158,7 @@ def load(
     saved = Checkpoint(Path(folder))
     spec = saved.spec()
     with _undone_on_failure(base_model):
-        attach(base_model, MoDEConfig.from_dict(spec["config"]))
+        attach(base_model, config or MoDEConfig.from_dict(spec["config"]))
         if (saved.folder / CONFIG_NAME).exists():
             return _load_adapter(base_model, saved, spec, is_trainable)
         return _load_whole(base_model, saved, is_trainable)
@@ -236,6 +239,9 @@ def _load_adapter(
     model = get_peft_model(base_model, config)
     saved.require(get_peft_model_state_dict(model), extra_allowed=False)
     model.load_adapter(str(saved.folder), "default", is_trainable=is_trainable)
+    for part in model.modules():
+        if isinstance(part, DepthMixture):
+            part.spec = mixture.spec  # the configuration of now, not the saved one
     describe_in(config, description(mixture.config))
     return model
 

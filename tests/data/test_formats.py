@@ -3,9 +3,10 @@
 import pytest
 
 from depthmix.data.files import read_items
-from depthmix.data.formats import FORMATS, Question
+from depthmix.data.formats import FORMATS
 from depthmix.data.load import load_data, load_questions
 from depthmix.data.overlap import find_overlap, normalised
+from depthmix.data.questions import Question
 from depthmix.errors import DataError
 
 SUMS = "reasoning_gym:chain_sum?size=40&seed=1&min_terms=2&max_terms=2&min_digits=1&max_digits=1"

@@ -1,4 +1,4 @@
-"""`depthmix train`: tune a model with MoDE on a PEFT method, by TRL's SFTTrainer as it is."""
+"""`depthmix train`: tune a model with MoDE on a PEFT method, by TRL's trainers as they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depthmix.train.fit import fit
 from depthmix.train.preview import preview
 
 if TYPE_CHECKING:
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import Trainer
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def train(arguments: TrainArguments) -> int:
     return 0
 
 
-def _calibrated(trainer: SFTTrainer, arguments: TrainArguments) -> str:
+def _calibrated(trainer: Trainer, arguments: TrainArguments) -> str:
     """Fit a temperature to what was saved; return what came of it."""
     from depthmix.train.calibrate import calibrate_trained, told
 
@@ -64,15 +64,22 @@ def _calibrated(trainer: SFTTrainer, arguments: TrainArguments) -> str:
         return f"note: not calibrated: {error}"
 
 
-def _summary(trainer: SFTTrainer, folder: Path) -> str:
+def _summary(trainer: Trainer, folder: Path) -> str:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     losses = losses or [entry["train_loss"] for entry in history if "train_loss" in entry]
+    rewards = [entry["reward"] for entry in history if entry.get("reward") is not None]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     parts = [f"saved in {folder}"]
-    if losses:
-        first = f"{losses[0]:.4g} -> " if len(losses) > 1 else ""
-        parts.append(f"loss {first}{losses[-1]:.4g}")
+    if rewards:  # whose loss says nothing
+        parts.append(_course("reward", rewards))
+    elif losses:
+        parts.append(_course("loss", losses))
     if evaluations:
         parts.append(f"eval loss {evaluations[-1]:.4g}")
     return f'{"; ".join(parts)}; try it: depthmix generate {folder} --prompt "..."'
+
+
+def _course(name: str, values: list[float]) -> str:
+    first = f"{values[0]:.4g} -> " if len(values) > 1 else ""
+    return f"{name} {first}{values[-1]:.4g}"

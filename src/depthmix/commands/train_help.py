@@ -10,12 +10,14 @@ from depthmix.commands.parser import Parser
 from depthmix.commands.trl_defaults import trl_defaults
 from depthmix.config import MoDEConfig
 from depthmix.train.arguments import all_options
+from depthmix.train.objectives.options import OBJECTIVES
 from depthmix.train.options import Option, options
 from depthmix.train.run_options import RunOptions
 from depthmix.train.typed import type_in_words
 
 _SUMMARY = """\
-Tune a causal language model with MoDE on a PEFT method, by TRL's SFTTrainer.
+Tune a causal language model with MoDE on a PEFT method, by TRL's SFTTrainer; with --objective dpo
+or grpo on pairs of answers or on rewards, by TRL's trainer of that name and with its options.
 
 Every option is a key of a YAML file and a flag; of several files the later one wins, and flags win
 over files. Beside those below, every field of
@@ -31,6 +33,8 @@ examples:
   depthmix train model.yaml task.yaml --seed 2   several files
   depthmix train run.yaml --preview              what would be learned; trains nothing
   depthmix train run.yaml --no_mode              the baseline: the tuning method alone
+  depthmix train --objective grpo --model_name_or_path out --dataset train.jsonl \\
+      --reward number:answer --output_dir rewarded     go on from out, by rewards
   depthmix train out/depthmix.yaml --resume      go on where a run was stopped
   accelerate launch -m depthmix train run.yaml   several devices
 
@@ -69,7 +73,15 @@ _TRL_TRAINING = {
     "seed": "Of adapters, order and dropout.",
 }
 _DATA = (
-    *("dataset", "dataset_weights", "dataset_config", "dataset_split", "dataset_format"),
+    *(
+        "objective",
+        "reward",
+        "dataset",
+        "dataset_weights",
+        "dataset_config",
+        "dataset_split",
+        "dataset_format",
+    ),
     *("dataset_template", "prompt_column", "completion_column", "messages_column"),
     *("supervise", "eval_dataset", "eval_split", "validation_split"),
 )
@@ -125,7 +137,14 @@ def option_texts(cls: type[Any], names: Iterable[str] | None = None) -> dict[str
 
 def print_all_options() -> None:
     """Print every key with its type, default and help, grouped by where it comes from."""
-    for source, known in all_options().items():
+    groups = all_options()
+    shared = {name for group in groups.values() for name in group}
+    for objective in OBJECTIVES[1:]:
+        *_, (source, known) = all_options(objective).items()
+        groups[f"{source}, beside those above"] = {
+            name: option for name, option in known.items() if name not in shared
+        }
+    for source, known in groups.items():
         print(f"\n{source}\n{'-' * len(source)}")
         for option in known.values():
             print(f"  {option.name}: {type_in_words(option)}; default {option.default}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from depthmix.data.code import code_digest
 from depthmix.data.fields import Row, as_json, kind
 from depthmix.data.files import Item, Part
-from depthmix.data.formats import FORMATS, Columns, Shape
+from depthmix.data.formats import FORMATS, Shape, made_columns
 from depthmix.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ T = TypeVar("T")
 
 _SHOWN_PROBLEMS = 5
 _INDEX, _PROBLEM = "depthmix_index", "depthmix_problem"
-
-
-def made_columns(format: str, columns: Columns) -> tuple[str, ...]:
-    """Return the columns of TRL that a format becomes."""
-    return FORMATS[format].made or (columns.text,)
 
 
 def converted_part(part: Part, format: str, template: str | None, shape: Shape) -> Dataset:
@@ -39,7 +34,7 @@ def converted_part(part: Part, format: str, template: str | None, shape: Shape) 
     """
     from datasets import Features, Value
 
-    made = made_columns(format, shape.columns)
+    made = made_columns(format, shape)
     texts = dict.fromkeys((*made, _PROBLEM), Value("string"))
     return part.rows.map(
         _convert_batch,

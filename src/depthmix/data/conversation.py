@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from depthmix.data.fields import Row
+from depthmix.data.fields import Row, common_length
 from depthmix.errors import DataError
 
 if TYPE_CHECKING:
@@ -154,15 +154,6 @@ def _require_calls(answer: Row, text: str, number: int) -> None:
                 f"message {number}: the chat template leaves out the call of {name}: it knows no "
                 "tool calls, or not in this form; give one that does with chat_template_path"
             )
-
-
-def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many characters, or tokens, two sequences begin with in common."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    pairs = enumerate(zip(one, other, strict=False))
-    return next(number for number, (mine, its) in pairs if mine != its)
 
 
 def _refusing(render: Render) -> Render:

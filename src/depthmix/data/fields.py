@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from depthmix.errors import DataError
@@ -58,6 +59,15 @@ def require_whole_characters(value: str, field: str) -> None:
         raise DataError(
             f"field {field} holds half of a surrogate pair ({half}), as where an emoji was cut"
         ) from None
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many characters, or tokens, two sequences begin with in common."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    pairs = enumerate(zip(one, other, strict=False))
+    return next(number for number, (mine, its) in pairs if mine != its)
 
 
 def kind(value: object) -> str:

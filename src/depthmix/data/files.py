@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from depthmix.data.gym import gym_rows, is_gym
 from depthmix.data.opening import suffix
-from depthmix.data.readers import READERS, Reader, as_it_is, numbered, reader_of, without_nulls
+from depthmix.data.readers import READERS, Reader, numbered, reader_of, without_nulls
 from depthmix.data.splits import Piece, pieces
 from depthmix.errors import DataError
 
@@ -159,9 +160,13 @@ def _hub_part(name: str, split: str, config: str | None) -> Part:
 def _gym_part(name: str) -> Part:
     from datasets import Dataset
 
-    kept = ("question", "answer")
-    rows = Dataset.from_list([{key: row[key] for key in kept} for row in gym_rows(name)])
-    return Part((name,), Reader(_nothing, as_it_is, numbered), rows)
+    # Entries as JSON: those of a generator differ in their fields.
+    rows = Dataset.from_list([{**row, "entry": json.dumps(row["entry"])} for row in gym_rows(name)])
+    return Part((name,), Reader(_nothing, _gym_row, numbered), rows)
+
+
+def _gym_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "entry": json.loads(row["entry"])}
 
 
 def _nothing(_files: Sequence[str]) -> Dataset:

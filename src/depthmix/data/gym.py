@@ -56,6 +56,11 @@ def verify(source: str, reply: str, entry: dict[str, Any]) -> float:
     return float(score(reply, entry))
 
 
+def first_line(reply: str) -> str:
+    """Return what of a reply is verified: its first line."""
+    return reply.strip().split("\n")[0].strip()
+
+
 def _parsed(source: str) -> tuple[str, dict[str, int | float | str]]:
     generator, _, query = source.removeprefix(_PREFIX).partition("?")
     return generator, {name: _number(value) for name, value in parse_qsl(query)}

@@ -10,7 +10,6 @@ from depthmix.data.checked import (
     converted_items,
     converted_part,
     index_of,
-    made_columns,
     nulls,
     require_no_problem,
 )
@@ -21,12 +20,16 @@ from depthmix.data.formats import (
     FORMATS,
     Columns,
     Format,
-    Question,
+    Purpose,
+    Shape,
     conversational,
+    formats_for,
+    made_columns,
     recognise,
     required,
     shape_of,
 )
+from depthmix.data.questions import Question
 from depthmix.data.splits import Piece, mixed
 from depthmix.errors import ConfigError, DataError
 
@@ -49,6 +52,8 @@ class Source:
         columns: where prompt, completion, messages and text stand.
         weights: of the names, to draw rows by; None: one after another.
         seed: of the drawing.
+        purpose: what the rows are read for.
+        kept: columns to carry along with a prompt, as JSON.
     """
 
     names: Sequence[str]
@@ -59,6 +64,8 @@ class Source:
     columns: Columns = field(default_factory=Columns)
     weights: Sequence[float] | None = None
     seed: int = 0
+    purpose: Purpose = "completions"
+    kept: tuple[str, ...] = ()
 
 
 def load_data(
@@ -107,7 +114,7 @@ def load_source(source: Source) -> tuple[Dataset, str]:
     loaded = [_load_one(name, source) for name in source.names]
     require_no_problem([pair for one in loaded for pair in one.converted])
     name = _common_format(source, [one.format for one in loaded])
-    rows = mixed([one.rows(source.columns) for one in loaded], source.weights, source.seed)
+    rows = mixed([one.rows() for one in loaded], source.weights, source.seed)
     written = rows.data.num_rows  # of which a mixture draws
     unused = [n for n in EXTRAS if n in rows.column_names and nulls(rows, n) == written]
     return rows.remove_columns(unused), name
@@ -159,13 +166,14 @@ class _Loaded:
 
     name: str
     format: str
+    shape: Shape
     pieces: list[tuple[Piece, list[tuple[Part, Dataset]]]]
 
     @property
     def converted(self) -> list[tuple[Part, Dataset]]:
         return [pair for _, pairs in self.pieces for pair in pairs]
 
-    def rows(self, columns: Columns) -> Dataset:
+    def rows(self) -> Dataset:
         """Return what the split takes of the rows, in TRL's columns alone."""
         from datasets import concatenate_datasets
 
@@ -176,23 +184,31 @@ class _Loaded:
         rows = concatenate_datasets(taken)
         if len(rows) == 0:
             raise DataError(f"{self.name}: the split takes no rows")
-        return rows.select_columns(list(made_columns(self.format, columns)))
+        return rows.select_columns(list(made_columns(self.format, self.shape)))
 
 
 def _load_one(name: str, source: Source) -> _Loaded:
     read = list(read_parts(name, source.split, source.config))
     first = next((item for _, parts in read for part in parts for item in part.items()), None)
-    format = _format_of([first] if first else [], [name], source.format, source.columns)
+    format = _format_of(
+        [first] if first else [], [name], source.format, source.columns, source.purpose
+    )
     row = first.row if first and isinstance(first.row, dict) else {}
-    shape = shape_of(row, format, source.columns)
+    shape = shape_of(row, format, source.columns, source.purpose, source.kept)
     pieces = [
         (piece, [(part, converted_part(part, format, source.template, shape)) for part in parts])
         for piece, parts in read
     ]
-    return _Loaded(name, format, pieces)
+    return _Loaded(name, format, shape, pieces)
 
 
-def _format_of(first: Sequence[Item], source: Sequence[str], format: str, columns: Columns) -> str:
+def _format_of(
+    first: Sequence[Item],
+    source: Sequence[str],
+    format: str,
+    columns: Columns,
+    purpose: Purpose = "completions",
+) -> str:
     if not first:
         raise DataError(f"{', '.join(source)}: there are no rows")
     if format != "auto":
@@ -200,11 +216,11 @@ def _format_of(first: Sequence[Item], source: Sequence[str], format: str, column
     row = first[0].row
     if isinstance(row, DataError):
         raise DataError(f"{': '.join(first[0].place())}: {row}")
-    name = recognise(row, columns)
+    name = recognise(row, columns, purpose)
     if name is not None:
         return name
     found = ", ".join(map(str, row)) if isinstance(row, dict) else ""
-    expected = dict.fromkeys(" + ".join(required(name, columns)) for name in FORMATS)
+    expected = dict.fromkeys(" + ".join(required(name, columns)) for name in formats_for(purpose))
     raise DataError(
         f"{': '.join(first[0].place())}: the columns {found or '(none)'} "
         f"are of no known format: expected {'; '.join(expected)}"

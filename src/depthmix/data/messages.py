@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from depthmix.data.fields import Row, kind, messages_of, text
+from depthmix.data.fields import Row, common_length, kind, messages_of, text
 from depthmix.data.json_files import parse_json
 from depthmix.errors import DataError
 
@@ -53,6 +53,54 @@ def chat_completion(row: Row, prompt: str, completion: str, parts: dict[str, boo
         "completion": _answered(_messages(row, completion, parts), completion),
         **_extras(row),
     }
+
+
+def open_chat(row: Row, field: str, parts: dict[str, bool]) -> list[Row]:
+    """Return the messages of a row up to its last answer, which is for the model to give.
+
+    Raises:
+        DataError: a message is broken, or nothing is asked; tools and variables of a template,
+            which TRL does not render in prompts to answer.
+    """
+    for name, value in _extras(row).items():
+        if value is not None:
+            raise DataError(
+                f"field {name}: prompts to answer are rendered without it: leave it out"
+            )
+    messages = _messages(row, field, parts)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise DataError(f"field {field} holds no question: there is nothing to answer")
+    return messages
+
+
+def chat_preference(row: Row, prompt: str, parts: dict[str, bool]) -> Row:
+    """Return the columns of a row whose chosen and rejected answers are messages.
+
+    The prompt is a column of its own, of messages or a text, or what the two begin with in common.
+
+    Raises:
+        DataError: as `chat`, or the two answers are one.
+    """
+    pair = {name: _messages(row, name, parts) for name in ("chosen", "rejected")}
+    if pair["chosen"] == pair["rejected"]:
+        raise DataError("fields chosen and rejected are the same")
+    asked = row.get(prompt)
+    if isinstance(asked, list):
+        before = _messages(row, prompt, parts)
+    else:
+        before = pair["chosen"][: common_length(pair["chosen"], pair["rejected"])]
+        if not before and asked is not None:
+            before = [{"role": "user", "content": text(row, prompt)}]
+    if not before:
+        raise DataError(
+            f"there is no field {prompt}, and chosen and rejected have no beginning in common"
+        )
+    for name, messages in pair.items():
+        rest = messages[len(before) :] if messages[: len(before)] == before else messages
+        pair[name] = _answered(rest, name)
+    return {"prompt": before, **pair, **_extras(row)}
 
 
 def sharegpt(row: Row) -> Row:

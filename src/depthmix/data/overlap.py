@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from depthmix.data.formats import Question
+from depthmix.data.questions import Question
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from depthmix.data.code import code_digest
 from depthmix.data.conversation import (
     Rendered,
     Supervise,
-    common_length,
     reads_parts,
     renderer,
     renders_tools,
     supervised,
 )
-from depthmix.data.fields import Row
+from depthmix.data.fields import Row, common_length
 from depthmix.data.formats import conversational
 from depthmix.errors import DataError
 

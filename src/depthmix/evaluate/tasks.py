@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from depthmix.data.files import read_items
-from depthmix.data.gym import is_gym, verify
+from depthmix.data.gym import first_line, is_gym, verify
 from depthmix.data.load import load_questions
 from depthmix.data.overlap import find_overlap
 from depthmix.data.template import TEMPLATES, Template
@@ -192,8 +192,7 @@ def _matches(kind: Kind, reply: str, document: Document) -> bool:
 
 def _verified(source: str, reply: str, document: Document) -> bool:
     """Ask the generator's own verifier; the reply ends with its first line."""
-    line = reply.strip().split("\n")[0].strip()
-    return verify(source, line, json.loads(document["entry"])) == 1.0
+    return verify(source, first_line(reply), json.loads(document["entry"])) == 1.0
 
 
 def _checked(answer: str, kind: Kind, place: str) -> str:

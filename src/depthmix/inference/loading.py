@@ -30,7 +30,7 @@ def load_for_use(
     tokenizer = load_tokenizer_of(run, base, loading)
     model = to_device(load_saved(run, base, loading))
     _require_whole_blocks(model)
-    model.generation_config.eos_token_id = _ends(model, tokenizer, form)
+    model.generation_config.eos_token_id = ends_of(model, tokenizer, form)
     return model, tokenizer
 
 
@@ -60,7 +60,7 @@ def _require_whole_blocks(model: Any) -> None:
 _REPACKED_ROWS = 32  # bitsandbytes.functional._convert_weight_packed_for_cpu
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase, form: Form) -> list[int] | None:
+def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase, form: Form) -> list[int] | None:
     """Return the tokens to stop at: the model's own, and what training ended rows with."""
     own = model.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [own]

@@ -1,8 +1,8 @@
 """Options of `depthmix train`: one flat set of keys, in a YAML file and as flags (flags win).
 
 A key is a field of one of four dataclasses: `RunOptions`, `MoDEConfig`, and TRL's
-`ModelConfig` and `SFTConfig`. TRL is imported only once the keys that need no TRL are found to be
-in order.
+`ModelConfig` and the configuration of the objective's trainer (`SFTConfig` ...). TRL is imported
+only once the keys that need no TRL are found to be in order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from depthmix.budgets import BUDGETS
 from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.train.given import Given, read_flags, read_yaml
+from depthmix.train.objectives.options import config_class, require_fitting
+from depthmix.train.objectives.start import continued
 from depthmix.train.options import Option, options, require_known
-from depthmix.train.run_options import RunOptions
+from depthmix.train.run_options import Objective, RunOptions
 from depthmix.train.trl_options import checked_config, trl_options
 from depthmix.train.typed import negated, typed
 
 if TYPE_CHECKING:
     from trl.trainer.model_config import ModelConfig
-    from trl.trainer.sft_config import SFTConfig
 
 
 # Options that may be "auto", with what stands in for them until a probe has settled them.
@@ -39,7 +40,7 @@ class TrainArguments:
         run: depthmix's own options.
         mode: the configuration of MoDE.
         model: TRL's options for loading the model and for LoRA.
-        training: TRL's and the Trainer's options.
+        training: TRL's and the Trainer's options, in TRL's class for the objective.
         chosen: what the user or depthmix chose for TRL's fields; the others have TRL's defaults.
         auto: options of `AUTO` that a probe is to settle (`depthmix.probe.settle`).
         probed: what the probe found, for the record of the run.
@@ -48,7 +49,7 @@ class TrainArguments:
     run: RunOptions
     mode: MoDEConfig
     model: ModelConfig
-    training: SFTConfig
+    training: Any
     chosen: dict[str, Any]
     auto: tuple[str, ...] = ()
     probed: dict[str, Any] | None = None
@@ -78,7 +79,10 @@ def resolve(given: Mapping[str, Given]) -> TrainArguments:
         ConfigError: a key is unknown or a value does not fit; the message names the place.
     """
     auto, given = _without_auto(given)
-    run, mode, rest = split_own(given)
+    run, mode, rest = split_own(continued(given))
+    require_fitting(run)
+    if auto and run.objective != "sft":
+        raise ConfigError(f"{auto[0]}: auto reads supervised rows, which objective sft has")
     if "k" in auto and not run.mode:
         raise ConfigError("k: auto chooses the layers of MoDE, and mode is false: leave one out")
     model, training, chosen = trl_options(run, rest)
@@ -157,16 +161,16 @@ def adapter_options(given: Mapping[str, Given]) -> ModelConfig:
     return config
 
 
-def all_options() -> dict[str, dict[str, Option]]:
+def all_options(objective: Objective = "sft") -> dict[str, dict[str, Option]]:
     """Return every key that is accepted, grouped by where it comes from."""
     from trl.trainer.model_config import ModelConfig
-    from trl.trainer.sft_config import SFTConfig
 
+    config = config_class(objective)
     return {
         "depthmix": options(RunOptions),
         "MoDE": options(MoDEConfig),
         "model and adapter (trl.ModelConfig)": options(ModelConfig),
-        "training (trl.SFTConfig)": options(SFTConfig),
+        f"training (trl.{config.__name__})": options(config),
     }
 
 

@@ -17,11 +17,11 @@ from depthmix.errors import ConfigError
 from depthmix.train.arguments import TrainArguments
 
 if TYPE_CHECKING:
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import Trainer
 
 
 @contextmanager
-def caching(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDepth | None]:
+def caching(arguments: TrainArguments, trainer: Trainer) -> Iterator[CachedDepth | None]:
     """Cache the frozen layers' output for the block, if that is asked for or pays.
 
     Raises:
@@ -29,6 +29,9 @@ def caching(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDe
             is raised in the block.
     """
     run = arguments.run
+    if run.objective != "sft":  # the same row is read beside a reference, or has another answer
+        yield None
+        return
     with ExitStack() as stack:
         cache = None
         try:
@@ -47,7 +50,7 @@ def caching(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDe
 
 
 @contextmanager
-def _cached(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDepth]:
+def _cached(arguments: TrainArguments, trainer: Trainer) -> Iterator[CachedDepth]:
     run, model = arguments.run, trainer.model
     assert model is not None
     _require_supported(arguments, trainer)
@@ -62,7 +65,7 @@ def _cached(arguments: TrainArguments, trainer: SFTTrainer) -> Iterator[CachedDe
 
 
 @contextmanager
-def _reading_ahead(trainer: SFTTrainer, cache: CachedDepth) -> Iterator[None]:
+def _reading_ahead(trainer: Trainer, cache: CachedDepth) -> Iterator[None]:
     """Have the rows of a batch read from the disk when it is collated: while another one trains."""
     collate: Any = trainer.data_collator
 
@@ -79,7 +82,7 @@ def _reading_ahead(trainer: SFTTrainer, cache: CachedDepth) -> Iterator[None]:
         trainer.data_collator = collate
 
 
-def _rows_come_back(arguments: TrainArguments, trainer: SFTTrainer) -> bool:
+def _rows_come_back(arguments: TrainArguments, trainer: Trainer) -> bool:
     training = arguments.training
     steps = math.ceil(len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps)
     if training.max_steps > 0:
@@ -87,7 +90,7 @@ def _rows_come_back(arguments: TrainArguments, trainer: SFTTrainer) -> bool:
     return training.num_train_epochs > 1
 
 
-def _require_supported(arguments: TrainArguments, trainer: SFTTrainer) -> None:
+def _require_supported(arguments: TrainArguments, trainer: Trainer) -> None:
     kind = trainer.accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU") and not kind.startswith("MULTI_"):
         raise ConfigError(f"{kind}: no process has whole layers; several processes need DDP")
@@ -97,7 +100,7 @@ def _require_supported(arguments: TrainArguments, trainer: SFTTrainer) -> None:
         raise ConfigError("torch_compile: compiled layers cannot be left out")
 
 
-def _tokens(trainer: SFTTrainer) -> int:
+def _tokens(trainer: Trainer) -> int:
     """Return the tokens of all rows, those of evaluation too."""
     evaluation: Any = trainer.eval_dataset or []
     datasets: list[Any] = (

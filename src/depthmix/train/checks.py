@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.errors import ConfigError, DataError
 from depthmix.train.installed import require_file, require_package
+from depthmix.train.objectives.rewards import rewards_of
 
 if TYPE_CHECKING:
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import Trainer, TrainingArguments
 
     from depthmix.train.arguments import TrainArguments
     from depthmix.train.run_options import RunOptions
@@ -29,10 +30,17 @@ def require_possible(arguments: TrainArguments) -> None:
 
 
 def _require_objective(arguments: TrainArguments) -> None:
-    """MoDE has its own loss."""
-    training = arguments.training
+    """MoDE has its own loss; rewards must be there to be had."""
+    training: Any = arguments.training
     if training.label_smoothing_factor > 0:
         raise ConfigError("label_smoothing_factor: the loss of MoDE has no label smoothing")
+    if arguments.run.objective == "grpo":
+        rewards_of(arguments.run)
+        for name in ("entropy_coef", "use_adaptive_entropy", "cast_lm_head_to_fp32"):
+            if getattr(training, name, None):
+                raise ConfigError(f"{name}: the loss of MoDE has none; leave it out")
+    if arguments.run.objective != "sft":
+        return
     if training.loss_type != "nll":
         raise ConfigError(
             f"loss_type={training.loss_type!r}: MoDE has its own loss; leave loss_type at 'nll'"
@@ -48,12 +56,13 @@ def _require_evaluation(arguments: TrainArguments) -> None:
             raise ConfigError(f"{name} needs evaluations: give eval_dataset")
     if run.calibrate:
         _require_calibration(run, training)
-    packed = training.packing if training.eval_packing is None else training.eval_packing
-    if run.eval_accuracy is not None and packed:
+    if run.eval_accuracy is None:
+        return
+    if training.packing if training.eval_packing is None else training.eval_packing:
         raise ConfigError("eval_accuracy needs rows one by one: set eval_packing to false")
 
 
-def _require_calibration(run: RunOptions, training: SFTConfig) -> None:
+def _require_calibration(run: RunOptions, training: TrainingArguments) -> None:
     if not run.evaluates:
         raise ConfigError(
             "calibrate needs rows that are not trained on: give eval_dataset or validation_split"
@@ -65,12 +74,12 @@ def _require_calibration(run: RunOptions, training: SFTConfig) -> None:
 
 
 def _require_files(arguments: TrainArguments) -> None:
-    training = arguments.training
-    template = training.chat_template_path
+    training: Any = arguments.training
+    template = getattr(training, "chat_template_path", None)  # an option of SFT
     if template and not template.endswith((".jinja", ".j2")):
         raise ConfigError("chat_template_path: expected a .jinja file (new tokens are not trained)")
-    for name in ("chat_template_path", "fsdp_config"):
-        require_file(name, getattr(training, name))
+    require_file("chat_template_path", template)
+    require_file("fsdp_config", training.fsdp_config)
     cache = arguments.run.cache_dir
     if cache and Path(cache).is_file():
         raise ConfigError(f"cache_dir {cache} is a file, not a folder")
@@ -109,7 +118,7 @@ def _require_quantisation(arguments: TrainArguments) -> None:
         )
 
 
-def _require_optimizer(training: SFTConfig) -> None:
+def _require_optimizer(training: TrainingArguments) -> None:
     """Make the optimiser and the schedule for a parameter that does not matter."""
     import torch
     from transformers import Trainer, get_scheduler
@@ -133,7 +142,7 @@ def _require_optimizer(training: SFTConfig) -> None:
         raise ConfigError(f"lr_scheduler_kwargs: {error}") from error
 
 
-def _require_torch(training: SFTConfig) -> None:
+def _require_torch(training: TrainingArguments) -> None:
     import inspect
 
     import torch
@@ -152,8 +161,23 @@ def _require_torch(training: SFTConfig) -> None:
 # What the rows show
 
 
-def require_known_tokens(trainer: SFTTrainer) -> None:
+def token_rows(trainer: Trainer) -> Iterator[list[int]]:
+    """Yield the token ids of the rows of a trainer; of a pair, those with either answer."""
+    rows: Any = trainer.train_dataset
+    for row in rows:
+        if "input_ids" in row:
+            yield row["input_ids"]
+        else:
+            yield row["prompt_ids"] + row["chosen_ids"]
+            yield row["prompt_ids"] + row["rejected_ids"]
+
+
+def require_known_tokens(trainer: Trainer, rows: Iterable[list[int]]) -> None:
     """Refuse rows with tokens that the model has no embedding for.
+
+    Args:
+        trainer: with model and tokenizer.
+        rows: token ids.
 
     Raises:
         DataError: names the first one.
@@ -163,9 +187,8 @@ def require_known_tokens(trainer: SFTTrainer) -> None:
     known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= known:
         return
-    rows: Any = trainer.train_dataset
     for number, row in enumerate(rows, 1):
-        beyond = [token for token in row["input_ids"] if token >= known]
+        beyond = [token for token in row if token >= known]
         if beyond:
             raise DataError(
                 f"row {number} has the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} "
@@ -175,12 +198,15 @@ def require_known_tokens(trainer: SFTTrainer) -> None:
             )
 
 
-def require_known_positions(trainer: SFTTrainer, prompt_tokens: int) -> None:
+def require_known_positions(
+    trainer: Trainer, rows: Iterable[list[int]], further_tokens: int
+) -> None:
     """Refuse rows that are longer than a model with learned positions can read.
 
     Args:
-        trainer: with its rows.
-        prompt_tokens: virtual tokens in front of every row.
+        trainer: with the model.
+        rows: token ids.
+        further_tokens: virtual tokens in front of every row, and answers behind it.
 
     Raises:
         DataError: names the length and the limit.
@@ -189,12 +215,16 @@ def require_known_positions(trainer: SFTTrainer, prompt_tokens: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or not _learns_positions(model):
         return
-    rows: Any = trainer.train_dataset
-    longest = max(map(len, rows["input_ids"]), default=0) + prompt_tokens
+    longest = max(map(len, rows), default=0) + further_tokens
     if longest > positions:
+        answers = hasattr(trainer.args, "max_completion_length")  # GRPO's
         raise DataError(
-            f"rows of up to {longest} tokens, but the model has learned {positions} positions: set "
-            f"max_length to {positions - prompt_tokens}"
+            f"rows of up to {longest} tokens, but the model has learned {positions} positions: "
+            + (
+                f"lower max_completion_length by {longest - positions}"
+                if answers
+                else f"set max_length to {positions - further_tokens}"
+            )
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from depthmix.data.counts import TokenCounts, count_tokens
 from depthmix.data.formats import Columns, conversational
@@ -14,12 +14,15 @@ from depthmix.data.load import Source, load_source, place_of
 from depthmix.data.splits import held_out
 from depthmix.data.tokens import RefusedRow, tokenised
 from depthmix.errors import ConfigError, DataError
-from depthmix.pretrained import load_tokenizer
+from depthmix.pretrained import load_tokenizer, load_tokenizer_of
 from depthmix.train.arguments import TrainArguments
+from depthmix.train.objectives.options import PURPOSES
+from depthmix.train.objectives.start import adapter_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+    from trl.trainer.sft_config import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,89 @@ def prepare_data(arguments: TrainArguments) -> TrainingData:
         ConfigError: tokenizer and data do not go together.
     """
     run, training = arguments.run, arguments.training
+    if run.objective != "sft":
+        raise ConfigError(f"objective {run.objective} has no rows with answers to learn")
     with training.main_process_first(desc="data"):
-        source = eval_source = _source(arguments, run.dataset or [], run.dataset_split)
-        rows, format = load_source(source)
-        evaluation, eval_format = None, format
-        if run.eval_dataset:
-            eval_source = _source(arguments, run.eval_dataset, run.eval_split)
-            evaluation, eval_format = load_source(eval_source)
-        elif run.validation_split is not None:
-            rows, evaluation = held_out(rows, run.validation_split, training.seed)
-        tokenizer = _tokenizer(arguments, {format, eval_format})
-        how = (tokenizer, run.supervise, training.dataset_num_proc)
-        with _placing(source):
-            train = tokenised(rows, format, *how)
-        if evaluation is not None:
-            with _placing(eval_source):
-                evaluation = tokenised(evaluation, eval_format, *how)
+        loaded = load_rows(arguments)
+        how = (loaded.tokenizer, run.supervise, training.dataset_num_proc)
+        sets = [
+            None if one is None else _tokenised(one, *how)
+            for one in (loaded.train, loaded.evaluation)
+        ]
+    train, evaluation = sets
+    assert train is not None
     counts = count_tokens(train, training.max_length, training.truncation_mode == "keep_end")
-    return TrainingData(train, evaluation, len(rows), format, tokenizer, counts)
+    return TrainingData(
+        train, evaluation, len(loaded.train.rows), loaded.train.format, loaded.tokenizer, counts
+    )
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """Rows as `load_source` gives them.
+
+    Attributes:
+        rows: the rows.
+        format: their format.
+        source: where they come from.
+    """
+
+    rows: Dataset
+    format: str
+    source: Source
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """What a run reads, before any of it is tokenised.
+
+    Attributes:
+        train: rows to train on.
+        evaluation: rows to evaluate on, or None.
+        tokenizer: the tokenizer, with the run's chat template and end-of-sequence token.
+    """
+
+    train: ReadRows
+    evaluation: ReadRows | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_rows(arguments: TrainArguments, kept: tuple[str, ...] = ()) -> LoadedRows:
+    """Load and check the rows of a run, for what its objective makes of them.
+
+    Args:
+        arguments: of the run.
+        kept: columns to carry along with prompts.
+
+    Raises:
+        DataError: a row is broken.
+        ConfigError: tokenizer and data do not go together.
+    """
+    run = arguments.run
+    train = _read(_source(arguments, run.dataset or [], run.dataset_split, kept))
+    evaluation = None
+    if run.eval_dataset:
+        evaluation = _read(_source(arguments, run.eval_dataset, run.eval_split, kept))
+    elif run.validation_split is not None:
+        left, drawn = held_out(train.rows, run.validation_split, arguments.training.seed)
+        evaluation = replace(train, rows=drawn)
+        train = replace(train, rows=left)
+    formats = {one.format for one in (train, evaluation) if one is not None}
+    return LoadedRows(train, evaluation, _tokenizer(arguments, formats))
+
+
+def _read(source: Source) -> ReadRows:
+    rows, format = load_source(source)
+    return ReadRows(rows, format, source)
+
+
+def _tokenised(read: ReadRows, *how: Any) -> Dataset:
+    with placing(read.source):
+        return tokenised(read.rows, read.format, *how)
 
 
 @contextmanager
-def _placing(source: Source) -> Iterator[None]:
+def placing(source: Source) -> Iterator[None]:
     """Name the file and the line of a row that the chat template refuses."""
     try:
         yield
@@ -125,13 +189,15 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     )
 
 
-def _source(arguments: TrainArguments, names: list[str], split: str) -> Source:
+def _source(
+    arguments: TrainArguments, names: list[str], split: str, kept: tuple[str, ...]
+) -> Source:
     run = arguments.run
     columns = Columns(
         prompt=run.prompt_column or "prompt",
         completion=run.completion_column or "completion",
         messages=run.messages_column or "messages",
-        text=arguments.training.dataset_text_field,
+        text=getattr(arguments.training, "dataset_text_field", "text"),  # an option of SFT
     )
     return Source(
         names,
@@ -142,30 +208,43 @@ def _source(arguments: TrainArguments, names: list[str], split: str) -> Source:
         columns,
         run.dataset_weights if names is run.dataset else None,
         arguments.training.seed,
+        PURPOSES[run.objective],
+        kept,
     )
 
 
 def _tokenizer(arguments: TrainArguments, formats: set[str]) -> PreTrainedTokenizerBase:
     options, training = arguments.model, arguments.training
-    tokenizer = load_tokenizer(
-        str(options.model_name_or_path),
-        revision=options.model_revision,
-        trust_remote_code=training.trust_remote_code,
-    )
-    if training.eos_token is not None:
-        if training.eos_token not in tokenizer.get_vocab():
-            raise ConfigError(f"eos_token {training.eos_token!r} is no token of the tokenizer")
-        tokenizer.eos_token = training.eos_token
+    name = str(options.model_name_or_path)
+    start = adapter_at(name, arguments.run.objective)
+    if start is not None:
+        tokenizer = load_tokenizer_of(start)
+    else:
+        tokenizer = load_tokenizer(
+            name,
+            revision=options.model_revision,
+            trust_remote_code=training.trust_remote_code,
+        )
+    if arguments.run.objective == "sft":  # the others have it from the model they begin with
+        _set_up(tokenizer, training)
     if not tokenizer.eos_token:
         raise ConfigError("the tokenizer has no end-of-sequence token: name one with eos_token")
-    if training.chat_template_path:
-        tokenizer.chat_template = _template(Path(training.chat_template_path))
     if any(map(conversational, formats)) and not tokenizer.chat_template:
         raise ConfigError(
             "the rows are messages, but the tokenizer has no chat template: give one with "
             "chat_template_path"
         )
     return tokenizer
+
+
+def _set_up(tokenizer: PreTrainedTokenizerBase, training: SFTConfig) -> None:
+    """Give a tokenizer the run's end-of-sequence token and chat template."""
+    if training.eos_token is not None:
+        if training.eos_token not in tokenizer.get_vocab():
+            raise ConfigError(f"eos_token {training.eos_token!r} is no token of the tokenizer")
+        tokenizer.eos_token = training.eos_token
+    if training.chat_template_path:
+        tokenizer.chat_template = _template(Path(training.chat_template_path))
 
 
 def _template(path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.errors import ConfigError, Stopped, TrainingError
+from depthmix.errors import ConfigError, DataError, Stopped, TrainingError
 from depthmix.files import write_errors
 from depthmix.pretrained import load_base
 from depthmix.train import output
@@ -15,20 +15,23 @@ from depthmix.train.checks import (
     require_known_positions,
     require_known_tokens,
     require_possible,
+    token_rows,
 )
-from depthmix.train.data import TrainingData, prepare_data, require_rows
-from depthmix.train.data import notes as data_notes
+from depthmix.train.objectives.options import rates_of_mode, trainer_class
+from depthmix.train.objectives.prepare import prepare
+from depthmix.train.objectives.prepared import Prepared
+from depthmix.train.objectives.reference import drop_reference, reference
+from depthmix.train.objectives.start import adapter_at, base_of, go_on_with
 from depthmix.train.record import require_same_rows, write_record
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import Trainer, TrainerCallback
 
     from depthmix.train.hub import Hub
 
 
-def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) -> SFTTrainer:
-    """Train to the end and return the trainer.
+def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) -> Trainer:
+    """Train to the end and return the trainer, which is TRL's for the objective.
 
     Args:
         arguments: of the run.
@@ -47,13 +50,17 @@ def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) ->
     checkpoint = output.prepare(folder, arguments)
     hub = _hub(arguments)
     with output.no_empty_folder(folder):
-        data = prepare_data(arguments)
-        require_rows(data, arguments)
+        data = prepare(arguments)
         trainer = _trainer(arguments, data)
-        require_known_tokens(trainer)
-        require_known_positions(trainer, _prompt_tokens(arguments))
-        notes = [*_without_effect(arguments), *data_notes(data, arguments)]
+        require_known_tokens(trainer, data.prompts or token_rows(trainer))
+        require_known_positions(
+            trainer, data.prompts or token_rows(trainer), _further_tokens(arguments)
+        )
+        notes = [*_without_effect(arguments), *data.notes]
         _follow(trainer, arguments, hub)
+        if data.figures is not None:
+            data.figures.trainer = trainer
+            trainer.callback_handler.callbacks.insert(0, data.figures)
         for callback in callbacks:
             trainer.add_callback(callback)
         if checkpoint is not None:
@@ -66,36 +73,60 @@ def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) ->
             _fit(trainer, checkpoint)
     if signals.received and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(_stopped(trainer, folder), signals.received)
+    drop_reference(trainer.model)
     return trainer
 
 
-def _trainer(arguments: TrainArguments, data: TrainingData) -> SFTTrainer:
+def _trainer(arguments: TrainArguments, data: Prepared) -> Trainer:
     from transformers import set_seed
-    from trl.trainer.sft_trainer import SFTTrainer
 
+    from depthmix.inference.form import Form
+    from depthmix.inference.loading import ends_of
     from depthmix.model.active import host_of
     from depthmix.model.temperature import require_no_bias
-    from depthmix.train.methods import tune
 
     set_seed(arguments.training.seed)  # adapters begin with random numbers
-    try:
-        base = load_base(str(arguments.model.model_name_or_path), **loading_options(arguments))
-    except TypeError as error:  # an option that the model's class does not have
-        raise ConfigError(f"model_init_kwargs: {error}") from error
-    model = tune(base, arguments.run, arguments.mode, arguments.model)
+    model = _model(arguments)
     if arguments.run.calibrate:
         require_no_bias(host_of(model))  # before anything is trained
+    optimizer = _optimizer(arguments, model)
+    trainer_of_trl = trainer_class(arguments.run.objective)
+    if data.prompts is not None:  # answers end as those of the tuned model will
+        model.generation_config.eos_token_id = ends_of(model, data.tokenizer, Form(data.format))
     try:
-        return SFTTrainer(
+        trainer: Trainer = trainer_of_trl(
             model=model,
             args=arguments.training,
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             processing_class=data.tokenizer,
-            optimizer_cls_and_kwargs=_optimizer(arguments, model),
+            **data.further,
+            **reference(arguments, model),
         )
-    except (ValueError, RuntimeError, ImportError) as error:  # options at odds, missing packages
+    # Options at odds, missing packages.
+    except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
+    trainer.optimizer_cls_and_kwargs = optimizer  # which not all of TRL's trainers take
+    rows: Any = trainer.train_dataset
+    if len(rows) == 0:
+        raise DataError("no row is left: every prompt fills max_length")
+    return trainer
+
+
+def _model(arguments: TrainArguments) -> Any:
+    from depthmix.train.methods import tune
+
+    name, options = str(arguments.model.model_name_or_path), loading_options(arguments)
+    start = adapter_at(name, arguments.run.objective)
+    if start is not None:
+        options["revision"] = start.record.base.get("revision") or "main"
+    try:
+        base = load_base(base_of(arguments), **options)
+    except TypeError as error:  # an option that the model's class does not have
+        raise ConfigError(f"model_init_kwargs: {error}") from error
+    if start is not None:
+        return go_on_with(start, base, arguments)
+    return tune(base, arguments.run, arguments.mode, arguments.model)
 
 
 def _hub(arguments: TrainArguments) -> Hub | None:
@@ -108,7 +139,7 @@ def _hub(arguments: TrainArguments) -> Hub | None:
     return Hub(arguments.training)
 
 
-def _follow(trainer: SFTTrainer, arguments: TrainArguments, hub: Hub | None) -> None:
+def _follow(trainer: Trainer, arguments: TrainArguments, hub: Hub | None) -> None:
     """Add the callbacks that a run asks for."""
     from transformers import EarlyStoppingCallback
 
@@ -127,9 +158,11 @@ def _follow(trainer: SFTTrainer, arguments: TrainArguments, hub: Hub | None) -> 
     say_progress(trainer)
 
 
-def _prompt_tokens(arguments: TrainArguments) -> int:
+def _further_tokens(arguments: TrainArguments) -> int:
+    """Return how many tokens there may be beside those of a row: a learned prompt, an answer."""
     run = arguments.run
-    return run.num_virtual_tokens if run.method == "prompt_tuning" else 0
+    virtual = run.num_virtual_tokens if run.method == "prompt_tuning" else 0
+    return virtual + getattr(arguments.training, "max_completion_length", 0)
 
 
 def loading_options(arguments: TrainArguments) -> dict[str, Any]:
@@ -172,17 +205,18 @@ def _optimizer(arguments: TrainArguments, model: Any) -> tuple[Any, dict[str, An
             f"optim: {training.optim} makes its own parameter groups, so that the router and the "
             "norms cannot have their learning rates; choose adamw_torch, for instance"
         )
-    rates = {"router_lr": run.router_learning_rate, "norm_lr": run.norm_learning_rate}
+    router_lr, norm_lr = rates_of_mode(run)
     groups = param_groups(
         model,
         lr=training.learning_rate,
+        router_lr=router_lr,
+        norm_lr=norm_lr,
         weight_decay=training.weight_decay,
-        **{name: rate for name, rate in rates.items() if rate is not None},
     )
     return cls, {**options, "params": groups}
 
 
-def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
+def _fit(trainer: Trainer, checkpoint: str | None) -> None:
     import torch
 
     from depthmix.train.restore import loading
@@ -200,7 +234,7 @@ def _fit(trainer: SFTTrainer, checkpoint: str | None) -> None:
 # What the user is told
 
 
-def _stopped(trainer: SFTTrainer, folder: Path) -> str:
+def _stopped(trainer: Trainer, folder: Path) -> str:
     """Return how to go on, for the first process to say."""
     if not trainer.is_world_process_zero():
         return ""

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from depthmix.errors import ConfigError, DepthmixError
-
-if TYPE_CHECKING:
-    from trl.trainer.sft_config import SFTConfig
 
 # Checkpoints within the run, what is being written, and what holds paths of this machine.
 NOT_SENT = ["checkpoint-*", "checkpoint-*/**", ".*", "*.tmp", "training_args.bin"]
@@ -35,7 +32,7 @@ class Hub(TrainerCallback):
         ConfigError: there is no such repository, or no right to write to it.
     """
 
-    def __init__(self, training: SFTConfig) -> None:
+    def __init__(self, training: TrainingArguments) -> None:
         self._args = training
         self._api = HfApi(token=training.hub_token)
         self._sending: Future[Any] | None = None

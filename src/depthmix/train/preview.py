@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from depthmix.data.tokens import IGNORED
 from depthmix.train.arguments import TrainArguments
 from depthmix.train.data import TrainingData, last_token, notes, prepare_data
+from depthmix.train.objectives.preview import show_pairs, show_prompts, spread_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,8 +29,12 @@ def preview(arguments: TrainArguments) -> None:
     """
     from rich.console import Console
 
-    data = prepare_data(arguments)
     console = Console(highlight=False, soft_wrap=True)
+    if arguments.run.objective != "sft":
+        show = {"dpo": show_pairs, "grpo": show_prompts}[arguments.run.objective]
+        show(arguments, console)
+        return
+    data = prepare_data(arguments)
     for number in range(min(arguments.run.preview or 0, len(data.train))):
         _show(console, data, number, arguments)
     if _coloured(console):
@@ -43,15 +48,10 @@ def preview(arguments: TrainArguments) -> None:
 
 def summary(data: TrainingData, arguments: TrainArguments) -> list[str]:
     """Return the counts of a run's rows, a line each."""
-    import numpy as np
-
     counts, run, training = data.counts, arguments.run, arguments.training
-    quantiles = np.percentile(counts.lengths, [0, 50, 90, 99, 100], method="higher")
-    names = ("min", "median", "90 %", "99 %", "max")
-    spread = ", ".join(f"{name} {int(n):,}" for name, n in zip(names, quantiles, strict=True))
     lines = [
         f"rows: {len(data.train):,} of format {data.format}, supervise: {run.supervise}",
-        f"tokens a row: {spread}; {counts.lengths.sum():,} in all",
+        f"tokens a row: {spread_of(counts.lengths)}; {counts.lengths.sum():,} in all",
         f"supervised: {counts.supervised.sum():,} tokens, {counts.share:.1%} of all; the first row "
         f"ends with {last_token(data)}",
         f"max_length {training.max_length}: {counts.cut:,} rows cut, {counts.dropped:,} left out "

@@ -89,8 +89,10 @@ class BarAndLines(ProgressCallback, Lines):
 def _figures(logs: Mapping[str, Any]) -> Iterator[str]:
     """Yield the figures by their short names; the router's weights as one list."""
     for name, short in _SHORT.items():
-        if name in logs:
-            yield f"{short} {logs[name]:.{_WIDEST}g}"
+        if logs.get(name) is not None:  # TRL logs None where no reward applied
+            error = logs.get(f"{name}_se")
+            spread = "" if error is None else f" ± {error:.2g}"
+            yield f"{short} {logs[name]:.{_WIDEST}g}{spread}"
     weights = [value for name, value in logs.items() if name.startswith("router_weight/")]
     if weights:
         yield f"router {' '.join(f'{weight:.2f}' for weight in weights)}"
@@ -98,7 +100,17 @@ def _figures(logs: Mapping[str, Any]) -> Iterator[str]:
 
 _SHORT = {
     "loss": "loss",
+    "reward": "reward",
+    "completions/mean_length": "answer length",
+    "rewards/accuracies": "pairs right",
+    "rewards/margins": "margin",
+    "kl": "KL",
     "eval_loss": "eval loss",
+    "eval_reward": "eval reward",
+    "eval_completions/mean_length": "answer length",
+    "eval_rewards/accuracies": "pairs right",
+    "eval_rewards/margins": "margin",
+    "eval_kl": "KL",
     "eval_accuracy": "eval accuracy",
     "mean_token_accuracy": "tokens right",
     "eval_mean_token_accuracy": "tokens right",

@@ -16,15 +16,17 @@ from depthmix.errors import ConfigError
 from depthmix.files import write_text
 from depthmix.provenance import versions
 from depthmix.train.arguments import TrainArguments
+from depthmix.train.objectives.options import rates_of_mode
+from depthmix.train.objectives.start import base_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import Trainer
 
 _SECRETS = ("hub_token", "push_to_hub_token")
 
 
-def write_record(folder: Path, arguments: TrainArguments, trainer: SFTTrainer) -> None:
+def write_record(folder: Path, arguments: TrainArguments, trainer: Trainer) -> None:
     """Write options with every default filled in, the base model, the data and the versions."""
     facts = {
         "command": shlex.join([_program(), *sys.argv[1:]]),
@@ -41,7 +43,7 @@ def write_record(folder: Path, arguments: TrainArguments, trainer: SFTTrainer) -
     write_text(folder / RECORD_NAME, json.dumps(facts, indent=1, default=_plain))
 
 
-def require_same_rows(folder: Path, trainer: SFTTrainer) -> None:
+def require_same_rows(folder: Path, trainer: Trainer) -> None:
     """Refuse to go on with a run on other rows than those that its record tells of.
 
     Raises:
@@ -59,17 +61,12 @@ def require_same_rows(folder: Path, trainer: SFTTrainer) -> None:
 
 def effective_options(arguments: TrainArguments) -> dict[str, Any]:
     """Return every option of a run with the value that it has, tokens of the hub left out."""
-    from depthmix.carry.groups import NORM_LR, ROUTER_LR
-
     groups = (arguments.model, arguments.training, arguments.run)
     fields = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
     rates = {}
     if arguments.run.mode:
-        given = arguments.run
-        rates = {
-            "router_learning_rate": given.router_learning_rate or ROUTER_LR,
-            "norm_learning_rate": given.norm_learning_rate or NORM_LR,
-        }
+        router, norm = rates_of_mode(arguments.run)
+        rates = {"router_learning_rate": router, "norm_learning_rate": norm}
     options = {**fields, **arguments.mode.to_dict(), **rates}
     return {name: value for name, value in options.items() if name not in _SECRETS}
 
@@ -112,21 +109,22 @@ class _Hashing:
         """There is nothing to close."""
 
 
-def _data(trainer: SFTTrainer) -> dict[str, Any]:
+def _data(trainer: Trainer) -> dict[str, Any]:
     """Return the rows as the model gets them: tokenised, cut, and packed if they are."""
     return {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
 
 
-def _base(arguments: TrainArguments, trainer: SFTTrainer) -> dict[str, Any]:
+def _base(arguments: TrainArguments, trainer: Trainer) -> dict[str, Any]:
     """Return what is needed to load the base model once more as it was."""
     from trl.trainer.utils import get_quantization_config
 
     model: Any = trainer.model
     config, options = model.config, arguments.model
-    local = Path(str(options.model_name_or_path)).is_dir()
+    name = base_of(arguments)
+    local = Path(name).is_dir()
     quantization = get_quantization_config(options)
     return {
-        "name": options.model_name_or_path,
+        "name": name,
         "local": local,
         "revision": None if local else config._commit_hash or options.model_revision,
         "trust_remote_code": bool(arguments.training.trust_remote_code),

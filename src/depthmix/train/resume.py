@@ -18,6 +18,7 @@ _FREE = re.compile(
     r"|disable_tqdm|skip_memory_metrics|torch_empty_cache_steps|restore_callback_\w+"
     r"|dataset_num_proc|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor"
     r"|multiprocessing_context)|use_cpu|attn_implementation|torch_compile|local_rank"
+    r"|num_(generations_eval|completions_to_print)"
     r"|(activation|gradient)_checkpointing(_kwargs)?|activation_offloading|full_determinism"
 )
 # The learning rate goes down to the last step, unless the schedule is constant.
@@ -54,7 +55,14 @@ def require_same_run(record: Path, checkpoint: Path, arguments: TrainArguments) 
     Raises:
         ConfigError: an option has changed; names all that have.
     """
-    before, now = _values(parse([str(record)])), _values(arguments)
+    recorded = parse([str(record)])
+    was, asked = recorded.run.objective, arguments.run.objective
+    if was != asked:
+        raise ConfigError(
+            f"--resume: objective was {was} and is {asked} now ({record}): give it as "
+            "it was, or start another run (another output_dir, or --overwrite)"
+        )
+    before, now = _values(recorded), _values(arguments)
     changed = [
         name
         for name in before
@@ -83,7 +91,9 @@ def _values(arguments: TrainArguments) -> dict[str, Any]:
     holders = (arguments.run, arguments.mode, arguments.model, arguments.training)
     return {
         name: getattr(holder, name)
-        for holder, known in zip(holders, all_options().values(), strict=True)
+        for holder, known in zip(
+            holders, all_options(arguments.run.objective).values(), strict=True
+        )
         for name in known
     }
 

@@ -17,6 +17,7 @@ from depthmix.data.template import TEMPLATES
 from depthmix.errors import ConfigError, shown
 
 Method = Literal["lora", "dora", "ia3", "vera", "prompt_tuning", "full", "none"]
+Objective = Literal["sft", "dpo", "grpo"]
 RESTRICTABLE = ("lora", "dora", "ia3", "vera")  # to some of the layers
 
 
@@ -34,6 +35,22 @@ class RunOptions:
     The help text of every field stands in its metadata, where the command line reads it.
     """
 
+    objective: Objective = field(
+        default="sft",
+        metadata=_help(
+            "What is learned from: sft: answers; dpo: pairs of a chosen and a rejected answer; "
+            "grpo: rewards of answers that the model gives. By TRL's trainer of that name, with "
+            "its options."
+        ),
+    )
+    reward: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "What grpo rewards: number:COLUMN or exact:COLUMN (the answer in a column), "
+            "regex:PATTERN ({COLUMN} stands for a column's text), reasoning_gym (the generator's "
+            "verifier; the default of its data) or MODULE:FUNCTION. Several add up."
+        ),
+    )
     dataset: list[str] | None = field(
         default=None,
         metadata=_help(
@@ -163,8 +180,8 @@ class RunOptions:
     early_stopping_patience: int | None = field(
         default=None,
         metadata=_help(
-            "Stop after so many evaluations without a better eval_loss (or metric_for_best_model), "
-            "and take the best checkpoint."
+            "Stop after so many evaluations without a better eval_loss (grpo: eval_reward; or "
+            "metric_for_best_model), and take the best checkpoint."
         ),
     )
     eval_accuracy: int | None = field(

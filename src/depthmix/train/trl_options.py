@@ -1,4 +1,4 @@
-"""TRL's options, `ModelConfig` and `SFTConfig`, with the defaults that are depthmix's own."""
+"""TRL's options: `ModelConfig`, and the objective's, with the defaults that are depthmix's own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from depthmix.config import MoDEConfig
 from depthmix.errors import ConfigError
 from depthmix.train.given import Given
 from depthmix.train.installed import require_deepspeed
+from depthmix.train.objectives.options import (
+    RELATIVE_RATES,
+    config_class,
+    defaults,
+    require_own_options,
+)
 from depthmix.train.options import options, require_known
 from depthmix.train.run_options import Method, RunOptions
 from depthmix.train.typed import negated, typed
 
 if TYPE_CHECKING:
     from trl.trainer.model_config import ModelConfig
-    from trl.trainer.sft_config import SFTConfig
 
 _LEARNING_RATES: dict[Method, float] = {
     "lora": 2e-4,
@@ -31,29 +36,31 @@ _LEARNING_RATES: dict[Method, float] = {
 
 def trl_options(
     run: RunOptions, given: Mapping[str, Given]
-) -> tuple[ModelConfig, SFTConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, Any, dict[str, Any]]:
     """Return TRL's options, typed, and what the user or depthmix chose of them.
 
     Raises:
         ConfigError: a key is unknown or a value does not fit; the message names the place.
     """
     from trl.trainer.model_config import ModelConfig
-    from trl.trainer.sft_config import SFTConfig
 
-    for_model, for_training = options(ModelConfig), options(SFTConfig)
+    training_config = config_class(run.objective)
+    for_model, for_training = options(ModelConfig), options(training_config)
     given = negated({**for_model, **for_training}, given)
     own = [*options(RunOptions), *options(MoDEConfig)]
+    require_own_options(run.objective, given)
     require_known(given, [*for_model, *for_training, *own])
     model = typed(for_model, given)
     training = _without_old_names(typed(for_training, given))
     require_deepspeed(training.get("deepspeed"))
-    training = _without_trls_masks(run, training)
+    if run.objective == "sft":
+        training = _without_trls_masks(run, training)
     training = {**_training_defaults(run, training), **training}
     if run.method != "full" and training["bf16"]:
         model = {"dtype": "bfloat16", **model}
     return (
         checked_config(ModelConfig, model),
-        checked_config(SFTConfig, training),
+        checked_config(training_config, training),
         {**model, **training},
     )
 
@@ -92,6 +99,7 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
     eval_strategy = _eval_strategy(run, training)
     accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
     return {
+        **defaults(run.objective, training),
         "learning_rate": _LEARNING_RATES[run.method] * _relative_rate(run),
         "save_strategy": "steps" if "save_steps" in training else "epoch",
         "eval_strategy": eval_strategy,
@@ -103,7 +111,8 @@ def _training_defaults(run: RunOptions, training: Mapping[str, Any]) -> dict[str
 
 
 def _relative_rate(run: RunOptions) -> float:
-    return BUDGETS[run.budget].rate if run.budget else 1.0
+    budget = BUDGETS[run.budget].rate if run.budget else 1.0
+    return budget * RELATIVE_RATES[run.objective]
 
 
 def _early_stopping_defaults(
@@ -113,7 +122,9 @@ def _early_stopping_defaults(
     if run.early_stopping_patience is None:
         return {}
     steps = {"save_steps": training["eval_steps"]} if "eval_steps" in training else {}
+    best = {"metric_for_best_model": "eval_reward"} if run.objective == "grpo" else {}
     return {
+        **best,
         "load_best_model_at_end": True,
         "save_strategy": training.get("eval_strategy", eval_strategy),
         "restore_callback_states_from_checkpoint": True,

@@ -1,0 +1,1 @@
+"""What a model is trained on: answers, pairs of answers, or rewards (`--objective`)."""
