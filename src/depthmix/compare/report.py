@@ -40,13 +40,18 @@ _NARROW = {
 def print_tables(results: dict[str, Any]) -> None:
     """Print two tables a task: how good the methods are, and what they take."""
     for task in _tasks(results["runs"]):
-        rows = [[cell.replace(" [", "\n[") for cell in row] for row in table_rows(results, task)]
+        rows = [[_in_lines(cell) for cell in row] for row in table_rows(results, task)]
         for part in (_QUALITY, _COST):
             print_figures(
                 f"{task}, {_seeds(results['runs'], task)}",
                 [_NARROW.get(HEADER[i], HEADER[i]) for i in part],
                 [[row[i] for i in part] for row in rows],
             )
+
+
+def _in_lines(cell: str) -> str:
+    """Put an error or an interval below its figure."""
+    return cell.replace(" [", "\n[").replace(" ± ", "\n± ")
 
 
 def markdown(results: dict[str, Any], plots: str) -> str:
