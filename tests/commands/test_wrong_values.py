@@ -335,13 +335,17 @@ INTEGERS = {
     },
     "compare": {"--workers": "count", "--gpus": "not negative"},
     "serve": {"--engine": "choice"},
+    "report": {
+        **{"--rows": "count", "--max-new-tokens": "count", "--permutations": "count"},
+        **{"--seed": "seed", "--format": "choice"},
+    },
     "export": {
         **{"--steps": "count", "--batch-size": "count", "--max-length": "count"},
         "--learning-rate": "positive",
     },
 }
 INTEGERS["generate"] |= {"--temperature": "not negative", "--format": "choice"}
-for command in ("generate", "chat", "eval", "bench", "compare"):
+for command in ("generate", "chat", "eval", "bench", "compare", "report"):
     INTEGERS[command]["--dtype"] = "choice"
 INTEGERS["chat"] |= {"--temperature": "not negative"}
 INTEGERS["eval"] |= {"--scoring": "choice", "--template": "choice"}
@@ -374,6 +378,7 @@ def right(tiny, rows, tuned, tmp_path):
         "info": ["info", tiny],
         "export": ["export", out, str(tmp_path / "exported")],
         "serve": ["serve", out],
+        "report": ["report", out, rows],
     }
 
 
@@ -486,6 +491,17 @@ MISSING = {
         ["info", "{tiny}", "--seed", "3"],
         ["info", "{tiny}", "--lora_target_modules", "none"],
         ["info", "{out}", "--k", "3"],
+    ],
+    "report": [
+        ["report", "none"],
+        ["report", "empty", "{rows}"],
+        ["report", "{tiny}"],
+        ["report", "{out}"],
+        ["report", "{out}", "none.jsonl"],
+        ["report", "{out}", "{rows}", "--output", "a-file"],
+        ["report", "{out}", "{rows}", "--pos", "none"],
+        ["report", "{out}", "{rows}", "--model", "./none"],
+        ["report"],
     ],
     "export": [
         ["export", "none", "exported"],
