@@ -338,7 +338,7 @@ INTEGERS = {
     "probe": {"--rows": "count"},
     "report": {
         **{"--rows": "count", "--max-new-tokens": "count", "--permutations": "count"},
-        "--format": "choice",
+        **{"--seed": "seed", "--format": "choice"},
     },
     "export": {
         **{"--steps": "count", "--batch-size": "count", "--max-length": "count"},
@@ -346,7 +346,7 @@ INTEGERS = {
     },
 }
 INTEGERS["generate"] |= {"--temperature": "not negative", "--format": "choice"}
-for command in ("generate", "chat", "eval", "bench", "compare"):
+for command in ("generate", "chat", "eval", "bench", "compare", "report"):
     INTEGERS[command]["--dtype"] = "choice"
 INTEGERS["chat"] |= {"--temperature": "not negative"}
 INTEGERS["eval"] |= {"--scoring": "choice", "--template": "choice"}
@@ -495,6 +495,17 @@ MISSING = {
         ["info", "{tiny}", "--lora_target_modules", "none"],
         ["info", "{out}", "--k", "3"],
     ],
+    "report": [
+        ["report", "none"],
+        ["report", "empty", "{rows}"],
+        ["report", "{tiny}"],
+        ["report", "{out}"],
+        ["report", "{out}", "none.jsonl"],
+        ["report", "{out}", "{rows}", "--output", "a-file"],
+        ["report", "{out}", "{rows}", "--pos", "none"],
+        ["report", "{out}", "{rows}", "--model", "./none"],
+        ["report"],
+    ],
     "export": [
         ["export", "none", "exported"],
         ["export", "empty", "exported"],
@@ -531,14 +542,6 @@ MISSING = {
         ["calibrate", "empty", "{rows}"],
         ["calibrate", "{out}", "none.jsonl"],
         ["calibrate", "{out}", "{rows}", "--plot", "a-file/b.png"],
-    ],
-    "report": [
-        ["report"],
-        ["report", "none", "{rows}"],
-        ["report", "empty", "{rows}"],
-        ["report", "{out}"],
-        ["report", "{out}", "none.jsonl"],
-        ["report", "{out}", "{rows}", "--output", "a-file"],
     ],
     "": [["trian"], ["--verson"], [""], ["Train"]],
 }

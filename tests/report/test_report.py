@@ -90,7 +90,7 @@ def test_tables_hold_what_the_page_shows(written):
 def test_other_rows_and_all_layers(run_folder, rows, tmp_path, capsys):
     gym = "reasoning_gym:chain_sum?size=6&seed=3"
     flags = ["--all-layers", "--rows", "8", "--output", str(tmp_path)]
-    assert main(["report", run_folder, rows, gym, *FLAGS, *flags]) == 0
+    assert main(["report", run_folder, *FLAGS, rows, *flags, gym]) == 0
     assert "router collapsed" in capsys.readouterr().out
     found = tables(tmp_path)
     assert [line["name"] for line in found["layers"]] == [
