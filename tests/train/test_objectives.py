@@ -255,6 +255,11 @@ def test_every_method_is_compared_with_itself(run, tmp_path, flags):
         ("grpo", ["--reward", "json:no_such"], "json has no function no_such"),
         ("grpo", ["--reward", "reasoning_gym:chain_sums"], "did you mean chain_sum?"),
         ("grpo", ["--reward", "number:prompt", "--entropy_coef", "0.1"], "entropy_coef: the loss"),
+        ("grpo", ["--temperature", "0"], "--temperature: must be > 0"),
+        ("grpo", ["--max_completion_length", "0"], "--max_completion_length: must be >= 1"),
+        ("grpo", ["--top_p", "1.5"], "--top_p: must be in (0, 1]"),
+        ("grpo", ["--reward", "number:answer", "--loss_type", "grop"], "loss_type grop: expected"),
+        ("dpo", ["--loss_type", "sigmod"], "loss_type sigmod: expected"),
         ("grpo", ["--reward", "number:solution"], "line 1: field solution is missing"),
         ("grpo", ["--reward", "number:answer", "--num_generations", "1"], "at least 2 generations"),
         (

@@ -14,7 +14,7 @@ from depthmix.errors import ConfigError
 from depthmix.evaluate.answers import number_is_right
 
 if TYPE_CHECKING:
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import Trainer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EvalAccuracy(TrainerCallback):
         ConfigError: the rows have no prompts, or the model is spread over processes.
     """
 
-    def __init__(self, trainer: SFTTrainer, count: int) -> None:
+    def __init__(self, trainer: Trainer, count: int) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ConfigError("eval_accuracy: a model that is sharded over processes cannot answer")
         rows: Any = trainer.eval_dataset

@@ -17,7 +17,7 @@ from depthmix.errors import ConfigError
 from depthmix.train.arguments import TrainArguments
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _reading_ahead(trainer: Trainer, cache: CachedDepth) -> Iterator[None]:
 
 
 def _rows_come_back(arguments: TrainArguments, trainer: Trainer) -> bool:
-    training = arguments.training
+    training: TrainingArguments = arguments.training
     steps = math.ceil(len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps)
     if training.max_steps > 0:
         return training.max_steps > steps

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmix.errors import ConfigError, DataError
 from depthmix.train.installed import require_file, require_package
+from depthmix.train.objectives.options import require_known_words
 from depthmix.train.objectives.rewards import rewards_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def _require_objective(arguments: TrainArguments) -> None:
     training: Any = arguments.training
     if training.label_smoothing_factor > 0:
         raise ConfigError("label_smoothing_factor: the loss of MoDE has no label smoothing")
+    require_known_words(arguments.run.objective, training)
     if arguments.run.objective == "grpo":
         rewards_of(arguments.run)
         for name in ("entropy_coef", "use_adaptive_entropy", "cast_lm_head_to_fp32"):

@@ -29,6 +29,25 @@ _DEFAULTS: dict[Objective, dict[str, Any]] = {
     "grpo": {"gradient_accumulation_steps": 4, "max_completion_length": 128, "logging_steps": 1},
 }
 
+# Words that TRL itself looks at only once the first step is computed.
+_PAIR_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+    *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+_REWARD_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+_WORDS: dict[Objective, dict[str, tuple[str, ...]]] = {
+    "sft": {},
+    "dpo": {
+        "loss_type": _PAIR_LOSSES,
+        "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    },
+    "grpo": {
+        "loss_type": _REWARD_LOSSES,
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": ("group", "batch", "none"),
+    },
+}
+
 # Options of depthmix that say something of supervised rows alone.
 _SUPERVISED = ("supervise", "completion_column", "eval_accuracy", "cache_dtype", "calibrate")
 
@@ -87,6 +106,19 @@ def require_own_options(objective: Objective, given: Mapping[str, Given]) -> Non
                 f"{value.place}: objective {objective} has no such option, which is one of "
                 f"objective {' and '.join(others)}"
             )
+
+
+def require_known_words(objective: Objective, training: Any) -> None:
+    """Refuse words that TRL does not know, before anything is loaded.
+
+    Raises:
+        ConfigError: names the option and the words.
+    """
+    for name, known in _WORDS[objective].items():
+        given = getattr(training, name)
+        for word in given if isinstance(given, list) else [given]:
+            if word not in known:
+                raise ConfigError(f"{name} {word}: expected one of {', '.join(known)}")
 
 
 def require_fitting(run: RunOptions) -> None:
