@@ -1,7 +1,11 @@
 """Draw the picture at the head of the README: a part of a report's page, in a real browser.
 
-    depthmix report RUN --output report
-    python experiments/report_picture.py report/report.html docs/pictures/report.png
+    depthmix train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --dataset "reasoning_gym:chain_sum?size=64&seed=1" --validation_split 0.25 \\
+        --num_train_epochs 2 --per_device_train_batch_size 8 --output_dir out
+    depthmix report out "reasoning_gym:chain_sum?size=12&seed=5" \\
+        "reasoning_gym:leg_counting?size=12&seed=5"
+    python experiments/report_picture.py out/report/report.html docs/pictures/report.png --token 2
 
 Needs Chromium.
 """
@@ -14,7 +18,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-WIDTH, HEIGHT = 1000, 560
+WIDTH, HEIGHT = 1000, 470
 ROWS = 4
 
 
@@ -33,7 +37,7 @@ def main() -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(options.page.resolve().as_uri())
         page.evaluate(
-            f"document.querySelectorAll('.row:nth-child(n + {ROWS + 1}), #run, .hint')"
+            f"document.querySelectorAll('.row:nth-child(n + {ROWS + 1}), #run, .hint, .filters')"
             ".forEach((part) => part.remove())"
         )
         page.locator(".t[data-i]:not(.p)").nth(options.token).hover()
