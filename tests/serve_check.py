@@ -205,6 +205,7 @@ def by_transformers(model, ids: list[int]) -> tuple[list[int], list[float]]:
     """The greedy tokens after a prompt, and their log-probabilities."""
     given = model.generate(
         torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids)),  # or it is guessed by the tokens of padding
         max_new_tokens=NEW,
         min_new_tokens=NEW,
         do_sample=False,

@@ -94,6 +94,7 @@ def test_a_completion_is_what_generate_gives(client, loaded):
     reply = client.completions.create(prompt=PROMPT, **GREEDY)
     assert reply.choices[0].text == expected(loaded, PROMPT)
     assert reply.usage.completion_tokens <= 6
+    assert reply.model == "tuned"
 
 
 def test_a_chat_is_the_tokenizers_template(client, loaded):

@@ -26,6 +26,11 @@ class OneModel(ModelManager):
         self.force_model = name
         self._pair = model, tokenizer
 
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """Return the name as it is: what replies carry."""
+        return model_id
+
     def load_model_and_processor(self, *_args: Any, **_options: Any) -> tuple[Any, Any]:
         """Return the model and its tokenizer."""
         return self._pair

@@ -52,7 +52,7 @@ def serve(
     model, tokenizer = load_for_use(run, form, base, loading)
     if form.is_question:
         tokenizer.chat_template = form.question_template(tokenizer)
-    logging.getLogger("transformers.cli").setLevel(logging.ERROR)  # a remark on every request
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # remarks on every request
     app = build_app(model, tokenizer, run.name, api_key)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     shown, actual = listening.getsockname()[:2]
