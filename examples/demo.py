@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 from demo_routing import plot_routing
 from depthmix.compare.over_time import plot_over_time
+from depthmix.tables import print_figures
 from embedded_model import embedded_model
 
 Run = dict[str, Any]
@@ -39,7 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "light+mode": {"budget": "light", "learning_rate": 4e-3, "adaptation": "norm"},
 }
 SUMS = "reasoning_gym:chain_sum?size=3000&seed=1&min_terms=2&max_terms=2&min_digits=2&max_digits=2"
-console = Console()
 
 
 def main() -> None:
@@ -60,8 +58,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     tuned = Path(runs["light+mode"]["folder"])
     plot_routing(tuned, options.model, options.output / "routing.png")
-    console.print(table(runs, options.test_rows))
-    console.print(f"pictures: {options.output}/accuracy.png, {options.output}/routing.png")
+    show(runs, options.test_rows)
+    print(f"pictures: {options.output}/accuracy.png, {options.output}/routing.png")
     print(f'try it: depthmix generate {tuned}/tuned --prompt "..."')
 
 
@@ -92,20 +90,13 @@ def experiment(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(runs: dict[str, Run], rows: int) -> Table:
-    """Return one row a figure, one column a method."""
-    out = Table(title=f"{rows} test rows, answered whole and exactly")
-    out.add_column("", no_wrap=True)
-    for name in runs:
-        out.add_column(name, justify="right", no_wrap=True)
-    accuracies = [
-        f"{run['accuracy']:.1%} ± {math.sqrt(run['accuracy'] * (1 - run['accuracy']) / rows):.1%}"
-        for run in runs.values()
-    ]
-    out.add_row("accuracy", *accuracies)
-    for title, figure in FIGURES.items():
-        out.add_row(title, *(figure(run) for run in runs.values()))
-    return out
+def show(runs: dict[str, Run], rows: int) -> None:
+    """Print one row a figure, one column a method."""
+    print_figures(
+        f"{rows} test rows, answered whole and exactly",
+        ["", *runs],
+        [[title, *map(figure, runs.values())] for title, figure in figures(rows).items()],
+    )
 
 
 def tuned_only(text: str, run: Run) -> str:
@@ -113,14 +104,20 @@ def tuned_only(text: str, run: Run) -> str:
     return "" if run["method"] == "base" else text
 
 
-FIGURES: dict[str, Callable[[Run], str]] = {
-    "held-out loss": lambda run: f"{run['loss']:.3f}",
-    "seconds to tune": lambda run: tuned_only(f"{run['seconds']:.0f}", run),
-    "GiB of memory": lambda run: tuned_only(f"{run['peak_bytes'] / 2**30:.2f}", run),
-    "trained parameters": lambda run: tuned_only(f"{run['trainable_parameters']:,}", run),
-    "MB of the adapter": lambda run: tuned_only(f"{adapter_bytes(run) / 1e6:.1f}", run),
-    "weight of layers": lambda run: " ".join(f"{g:.2f}" for g in run["gate"]),
-}
+def figures(rows: int) -> dict[str, Callable[[Run], str]]:
+    """Return how each figure of a run is shown; accuracies with their standard errors."""
+    return {
+        "accuracy": lambda run: (
+            f"{run['accuracy']:.1%} ± "
+            f"{math.sqrt(run['accuracy'] * (1 - run['accuracy']) / rows):.1%}"
+        ),
+        "held-out loss": lambda run: f"{run['loss']:.3f}",
+        "seconds to tune": lambda run: tuned_only(f"{run['seconds']:.0f}", run),
+        "GiB of memory": lambda run: tuned_only(f"{run['peak_bytes'] / 2**30:.2f}", run),
+        "trained parameters": lambda run: tuned_only(f"{run['trainable_parameters']:,}", run),
+        "MB of the adapter": lambda run: tuned_only(f"{adapter_bytes(run) / 1e6:.1f}", run),
+        "weights of layers": lambda run: " ".join(f"{g:.2f}" for g in run["gate"]),
+    }
 
 
 def adapter_bytes(run: Run) -> int:
