@@ -48,7 +48,9 @@ class Parser(argparse.ArgumentParser):
             if _is_option(argument) and flag not in self._option_string_actions:
                 hint = nearest(flag, self._option_string_actions)
                 self.error(f"{flag}: no such option{hint}")
-        found, unknown = self.parse_known_args(arguments, namespace)
+        several = any(a.nargs == "*" and not a.option_strings for a in self._actions)
+        parse = self.parse_known_intermixed_args if several else self.parse_known_args
+        found, unknown = parse(arguments, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(map(shown, unknown))}")
         return found
