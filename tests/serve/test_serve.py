@@ -133,19 +133,22 @@ def test_tokens_are_drawn_unless_the_temperature_is_0(client):
     assert len({reply.choices[0].text for reply in many}) > 1
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_is_not_waited_for(address, client, stream):
-    """A reply of all that fits the window takes seconds; the next one does not wait for it."""
-    long = {"model": "tuned", "prompt": "a", "max_tokens": 10_000, "temperature": 0}
-    bias = {"generation_config": json.dumps({"max_new_tokens": 10_000, "min_new_tokens": 240})}
-    headers = {"Authorization": f"Bearer {KEY}"}
+LONG = {"model": "tuned", "prompt": "a", "max_tokens": 10_000, "temperature": 0}
+LONG["generation_config"] = json.dumps({"max_new_tokens": 10_000, "min_new_tokens": 240})
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+def test_who_hangs_up_is_not_waited_for(address, client):
+    """A reply of all that fits the window takes its time; the next one does not wait for it."""
     with pytest.raises(httpx.TimeoutException):
-        httpx.post(
-            f"{address}/completions",
-            json={**long, **bias, "stream": stream},
-            headers=headers,
-            timeout=0.05,
-        )
+        httpx.post(f"{address}/completions", json=LONG, headers=HEADERS, timeout=0.05)
+    assert client.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
+
+
+def test_who_hangs_up_in_a_stream_is_not_waited_for(address, client):
+    asked = {"json": {**LONG, "stream": True}, "headers": HEADERS, "timeout": 60}
+    with httpx.stream("POST", f"{address}/completions", **asked) as reply:
+        assert next(reply.iter_lines()).startswith("data:")
     assert client.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
 
 
