@@ -1,5 +1,7 @@
 """The router's weights in one chart of the real TensorBoard and of the real trackio."""
 
+import uuid
+
 import pytest
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
@@ -79,8 +81,10 @@ def test_trackio_draws_bars_by_layer(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    train(tmp_path / "out", "trackio", project="routing", run_name="one")
-    entries = SQLiteStorage.get_logs("routing", "one")
+    # Where trackio was imported before, it has another folder, with what earlier tests left.
+    project = f"routing-{uuid.uuid4()}"
+    train(tmp_path / "out", "trackio", project=project, run_name="one")
+    entries = SQLiteStorage.get_logs(project, "one")
     bars = [e["train/router_weights"] for e in entries if "train/router_weights" in e]
     assert len(bars) == STEPS
     assert bars[0]["bins"] == [1.5, 2.5, 3.5]
