@@ -17,14 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from depthmix.analysis.layers import encode, score_rows
+from depthmix.analysis.layers import encode, score_rows, token_row
 from depthmix.calibration.fit import fit_calibration
 from depthmix.carry.saved_run import SavedRun
 from depthmix.compare.engine import SCORED_ROWS, Cell, prepare
 from depthmix.compare.experiment import read_experiment
 from depthmix.compare.rows import Row, load_rows
-from depthmix.data.batches import TokenRow
-from depthmix.data.tokens import IGNORED
 from depthmix.files import write_text
 from depthmix.model.temperature import set_temperature
 from depthmix.pretrained import Loading, ignore_renamed_properties, load_saved, load_tokenizer
@@ -51,7 +49,7 @@ def calibrated(cell: Cell, validation: list[Row]) -> dict[str, Any]:
     folder = cell.folder / "tuned"
     model = load_saved(SavedRun.find(str(folder)), None, Loading(), is_trainable=False)
     tokenizer = load_tokenizer(str(folder))
-    fitted = fit_calibration(model, [token_row(row, tokenizer) for row in validation])
+    fitted = fit_calibration(model, [token_row(*encode(row, tokenizer)) for row in validation])
     lines = (cell.folder / SCORED_ROWS).read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     figures: dict[str, Any] = {"task": cell.task, "method": cell.method, "seed": cell.seed}
@@ -60,12 +58,6 @@ def calibrated(cell: Cell, validation: list[Row]) -> dict[str, Any]:
         scores = score_rows(model, tokenizer, rows)
         figures[name] = {"loss": scores.mean_loss, "ece": scores.reliability.error}
     return {**figures, "temperature": fitted.temperature}
-
-
-def token_row(row: Row, tokenizer: Any) -> TokenRow:
-    """Return a row as training has it."""
-    ids, prompt = encode(row, tokenizer)
-    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
 
 
 def show(found: list[dict[str, Any]]) -> None:

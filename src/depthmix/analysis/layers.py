@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthmix.calibration.reliability import Reliability
-from depthmix.data.batches import padded, targets
+from depthmix.data.batches import TokenRow, padded, targets
 from depthmix.data.tokens import IGNORED
 from depthmix.model.active import host_of
 from depthmix.model.runtime import RUNTIME_NAME, runtime_of
@@ -120,10 +120,12 @@ def collate(
     rows: Sequence[tuple[list[int], int]], device: torch.device
 ) -> dict[str, Int[Tensor, "b t"]]:
     """Return ids, mask and labels (b, t), padded on the right; prompts are not labelled."""
-    return padded(
-        [{"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]} for ids, prompt in rows],
-        device,
-    )
+    return padded([token_row(ids, prompt) for ids, prompt in rows], device)
+
+
+def token_row(ids: list[int], prompt: int) -> TokenRow:
+    """Return a row of what `encode` gives, as training has it: the prompt is not labelled."""
+    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
 
 
 class _LayerSums:

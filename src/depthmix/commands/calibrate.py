@@ -40,9 +40,7 @@ _AS_IN_TRAINING = (
 
 def run(argv: Sequence[str]) -> int:
     """Fit, write, print and draw."""
-    arguments, options = _parser().parse_known_args(argv)
-    if options and not options[0].startswith("-"):
-        raise ConfigError(f"{options[0]}: MODEL and DATA come before the options")
+    arguments, options = _parser().parse_with_train_options(argv)
     if arguments.plot:
         require_matplotlib("--plot")
     saved = find_run(arguments.target, arguments.revision)

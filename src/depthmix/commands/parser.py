@@ -60,6 +60,17 @@ class Parser(argparse.ArgumentParser):
         message = re.sub("^argument ([^:]+):( must)?", _place, message)
         raise ConfigError(f"{' '.join(message.split())} (see `{self.prog} --help`)")
 
+    def parse_with_train_options(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the command's own arguments, and the flags behind them that are `train`'s.
+
+        Raises:
+            ConfigError: what is left over does not begin with a flag.
+        """
+        arguments, options = self.parse_known_args(argv)
+        if options and not options[0].startswith("-"):
+            raise ConfigError(f"{options[0]}: MODEL and DATA come before the options")
+        return arguments, options
+
     def _spelled(self, argument: str) -> str:
         """Return an option as it is declared, whether it is written with dashes or underscores."""
         flag, equals, value = argument.partition("=")

@@ -27,9 +27,7 @@ examples:
 
 def run(argv: Sequence[str]) -> int:
     """Probe, print and draw."""
-    arguments, options = _parser().parse_known_args(argv)
-    if options and not options[0].startswith("-"):
-        raise ConfigError(f"{options[0]}: MODEL and DATA come before the options")
+    arguments, options = _parser().parse_with_train_options(argv)
     if arguments.plot:
         require_matplotlib("--plot")
     from depthmix.probe.run import probe
