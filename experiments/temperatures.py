@@ -17,15 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from comparison_runs import finished, scored_rows, tuned
 from depthmix.analysis.layers import encode, score_rows, token_row
 from depthmix.calibration.fit import fit_calibration
-from depthmix.carry.saved_run import SavedRun
-from depthmix.compare.engine import SCORED_ROWS, Cell, prepare
+from depthmix.compare.engine import Cell
 from depthmix.compare.experiment import read_experiment
 from depthmix.compare.rows import Row, load_rows
 from depthmix.files import write_text
 from depthmix.model.temperature import set_temperature
-from depthmix.pretrained import Loading, ignore_renamed_properties, load_saved, load_tokenizer
+from depthmix.pretrained import ignore_renamed_properties
 
 
 def main() -> None:
@@ -37,21 +37,16 @@ def main() -> None:
     ignore_renamed_properties()
     experiment = read_experiment(options.experiment)
     validation = {n: load_rows(n, task).validation for n, task in experiment.tasks.items()}
-    found = [
-        calibrated(cell, validation[cell.task]) for cell in prepare(experiment) if cell.result()
-    ]
+    found = [calibrated(cell, validation[cell.task]) for cell in finished(options.experiment)]
     write_text(options.output, json.dumps(found, indent=1))
     show(found)
 
 
 def calibrated(cell: Cell, validation: list[Row]) -> dict[str, Any]:
     """Return temperature, and loss and calibration error before and after, of one run."""
-    folder = cell.folder / "tuned"
-    model = load_saved(SavedRun.find(str(folder)), None, Loading(), is_trainable=False)
-    tokenizer = load_tokenizer(str(folder))
+    model, tokenizer = tuned(cell)
     fitted = fit_calibration(model, [token_row(*encode(row, tokenizer)) for row in validation])
-    lines = (cell.folder / SCORED_ROWS).read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = scored_rows(cell)
     figures: dict[str, Any] = {"task": cell.task, "method": cell.method, "seed": cell.seed}
     for name, temperature in (("before", 1.0), ("after", fitted.temperature)):
         set_temperature(model, temperature)

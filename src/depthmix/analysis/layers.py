@@ -21,6 +21,7 @@ from depthmix.calibration.reliability import Reliability
 from depthmix.data.batches import TokenRow, padded, targets
 from depthmix.data.tokens import IGNORED
 from depthmix.model.active import host_of
+from depthmix.model.anatomy import Anatomy
 from depthmix.model.runtime import RUNTIME_NAME, runtime_of
 
 Row = dict[str, str]
@@ -187,14 +188,17 @@ def _predict(
     finally:
         handle.remove()
     states, gate = mixture.adapt(kept[0][supervised])
-    sums.add(head_logits(host, states), gate, labels[supervised])
+    sums.add(head_logits(host, runtime_of(model).anatomy, states), gate, labels[supervised])
     return logits[supervised].float(), labels[supervised]
 
 
-def head_logits(host: Any, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
-    """Return what an attached model predicts, in fp32, from states behind the final norm."""
-    anatomy = vars(host)[RUNTIME_NAME].anatomy
-    head = host.get_output_embeddings()
-    raw = head((states * anatomy.head_scale).to(host.dtype)).float()
-    logits: Tensor = anatomy.logit_transform(raw)
-    return logits
+def head_logits(
+    host: Any, anatomy: Anatomy, states: Float[Tensor, "*n d"]
+) -> Float[Tensor, "*n v"]:
+    """Return what a model predicts, in fp32, from states behind its final norm."""
+    logits: Tensor = host.get_output_embeddings()((states * anatomy.head_scale).to(host.dtype))
+    logits = logits.float()
+    if anatomy.output_bias_path is not None:
+        owner, _, name = anatomy.output_bias_path.rpartition(".")
+        logits = logits + getattr(host.get_submodule(owner), name).flatten()
+    return anatomy.logit_transform(logits)

@@ -6,7 +6,7 @@ more than one layer's logits of a chunk exist beside those that the model itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from depthmix.analysis.layers import head_logits
 from depthmix.analysis.observations import Observations, TokenRow
 from depthmix.config import MoDEConfig
+from depthmix.data.batches import batches
 from depthmix.errors import ConfigError
 from depthmix.method.mixture import DepthMixture
 from depthmix.model.active import host_of
@@ -56,28 +58,16 @@ def observe(
     model.eval()
     lens = _Lens(model, all_layers)
     parts: list[dict[str, np.ndarray]] = []
-    batches = list(_batches(rows, batch_tokens))
-    for places in tqdm(batches, desc="looking at tokens", unit="batch", leave=False):
-        parts.append(_observe_batch(model, lens, rows, places))
+    # The first token of a row is not predicted.
+    seen = [place for place, row in enumerate(rows) if len(row.ids) > 1]
+    together = batches([len(rows[place].ids) for place in seen], batch_tokens)
+    for chosen in tqdm(list(together), desc="looking at tokens", unit="batch", leave=False):
+        parts.append(_observe_batch(model, lens, rows, [seen[i] for i in chosen]))
     if not parts:
         raise ConfigError("there are no rows with a token to predict")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((whole["position"], whole["row"]))
     return Observations(lens.layers, lens.late, **{n: v[order] for n, v in whole.items()})
-
-
-def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the places of rows of like length, together no longer than a batch."""
-    order = [i for i in range(len(rows)) if len(rows[i].ids) > 1]
-    order.sort(key=lambda i: len(rows[i].ids))
-    batch: list[int] = []
-    for place in order:
-        if batch and (len(batch) + 1) * len(rows[place].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _observe_batch(
@@ -183,12 +173,7 @@ class _Lens:
         anatomy = self.anatomy
         if layer in self.plain and anatomy.norm_path is not None:
             states = self.host.get_submodule(anatomy.norm_path)(states)
-        scaled = (states * anatomy.head_scale).to(self.host.dtype)
-        logits: Tensor = self.host.get_output_embeddings()(scaled).float()
-        if anatomy.output_bias_path is not None:
-            owner, _, name = anatomy.output_bias_path.rpartition(".")
-            logits = logits + getattr(self.host.get_submodule(owner), name).flatten()
-        return anatomy.logit_transform(logits)
+        return head_logits(self.host, anatomy, states)
 
 
 def _mixture_and_anatomy(model: nn.Module) -> tuple[DepthMixture | None, Anatomy]:

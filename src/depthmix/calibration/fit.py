@@ -121,7 +121,9 @@ def _head_inputs(
     states, labels = [], []
     handle = host.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        for places in tqdm(list(batches(rows, TOKENS_AT_ONCE)), desc="held-out rows", leave=False):
+        lengths = [len(row["input_ids"]) for row in rows]
+        together = list(batches(lengths, TOKENS_AT_ONCE))
+        for places in tqdm(together, desc="held-out rows", leave=False):
             batch = padded([rows[place] for place in places], host.device)
             expected = targets(batch.pop("labels"), anatomy.labels_shifted)
             model(**batch, use_cache=False)

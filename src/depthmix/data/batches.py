@@ -23,11 +23,14 @@ def cut(row: TokenRow, max_length: int | None, keep_end: bool = False) -> TokenR
     return {name: row[name][window] for name in ("input_ids", "labels")}
 
 
-def batches(rows: Sequence[TokenRow], tokens: int) -> Iterator[list[int]]:
-    """Yield the places of rows of like length, so many tokens at a time, padding included."""
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Yield the places of rows of like length, so many tokens at a time, padding included.
+
+    A row that has more goes alone.
+    """
     chosen: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])):
-        if chosen and len(rows[place]["input_ids"]) * (len(chosen) + 1) > tokens:
+    for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if chosen and lengths[place] * (len(chosen) + 1) > tokens:
             yield chosen
             chosen = []
         chosen.append(place)

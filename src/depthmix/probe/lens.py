@@ -72,7 +72,8 @@ def _mapped(
 
 
 def _log_probabilities(runtime: Runtime, states: Float[Tensor, "c d"]) -> Float[Tensor, "c v"]:
-    logs: Tensor = head_logits(runtime.host, states.to(runtime.host.device)).log_softmax(-1)
+    host, anatomy = runtime.host, runtime.anatomy
+    logs: Tensor = head_logits(host, anatomy, states.to(host.device)).log_softmax(-1)
     return logs
 
 

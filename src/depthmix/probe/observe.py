@@ -63,7 +63,7 @@ def observe(model: nn.Module, rows: Sequence[TokenRow]) -> Observed:
     kept: list[tuple[Tensor, Tensor]] = []
     of_rows: list[Tensor] = []
     with tqdm(total=len(rows), desc="probing rows", unit="row", leave=False) as progress:
-        for places in batches(rows, TOKENS_AT_ONCE):
+        for places in batches([len(row["input_ids"]) for row in rows], TOKENS_AT_ONCE):
             batch = padded([rows[place] for place in places], runtime.host.device)
             labels = targets(batch.pop("labels"), runtime.anatomy.labels_shifted)
             supervised = labels != IGNORED
@@ -112,7 +112,7 @@ def _gradient(
     parts = []
     for chunk in chunks(runtime, len(states)):
         entering = states[chunk].requires_grad_()
-        logits = head_logits(runtime.host, entering)
+        logits = head_logits(runtime.host, runtime.anatomy, entering)
         loss = F.cross_entropy(logits, labels[chunk], reduction="sum")
         parts.append(torch.autograd.grad(loss, entering)[0])
     return torch.cat(parts)
