@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import depthmix
 from depthmix.cli import main
+from doc_blocks import blocks, commands
 
 pytestmark = pytest.mark.real
-README = Path(__file__).parents[1] / "README.md"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -70,12 +68,10 @@ def test_readme_examples_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows()
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(examples) == 2
-    for example in examples:
-        local = example.replace(HUB_NAME, str(real_model_folder))
-        fast = local.replace('SFTConfig("out")', 'SFTConfig("out", bf16=False, max_steps=1)')
-        exec(compile(fast, "README.md", "exec"), {})
+    fast = 'SFTConfig("out", bf16=False, max_steps=1)'
+    local = {HUB_NAME: str(real_model_folder), 'SFTConfig("out")': fast}
+    for example in blocks("README.md", kinds=("python",)):
+        example.run({}, local)
     assert Path("out/adapter_model.safetensors").exists()
 
 
@@ -89,10 +85,10 @@ def test_readme_commands_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
     write_rows()
-    commands = re.findall(r"^depthmix (.*)$", README.read_text(), flags=re.M)
+    lines = [words[1:] for _, words in commands("README.md") if words[0] == "depthmix"]
     names = ["info", "train", "train", "generate", "chat", "eval", "plan"]
-    assert [command.split()[0] for command in commands] == names
-    for command in commands:
-        arguments = shlex.split(command.replace(HUB_NAME, str(real_model_folder)))
+    assert [line[0] for line in lines] == names
+    for line in lines:
+        arguments = [str(real_model_folder) if word == HUB_NAME else word for word in line]
         short = ["--max_steps", "1"] if arguments[0] == "train" else []
         assert main([*arguments, *short]) == 0, capsys.readouterr().err

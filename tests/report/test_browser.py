@@ -5,67 +5,13 @@ Needs Chromium (Debian: chromium); left out where it is not.
 
 import shutil
 
-import numpy as np
 import pytest
 
-from command_fixtures import build_tokenizer
-from depthmix.analysis.observations import Observations, TokenRow
-from depthmix.analysis.routing import differences, groupings
-from depthmix.analysis.token_classes import Pieces
-from depthmix.analysis.training_log import TrainingLog
-from depthmix.analysis.verdict import findings
+from big_report import ROWS, TOKENS, make_report
 from depthmix.report.page import write_report
-from depthmix.report.report import Report
 
 BROWSER = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: chromium)")
-
-TOKENS = 10_000
-LAYERS = (27, 28, 29)
-_ROW = 50
-
-
-def make_report():
-    """A report of 10,000 tokens of made-up figures."""
-    tokenizer = build_tokenizer()
-    generator = np.random.default_rng(0)
-    text = "What is 3 + 4? The answer is 7. " * 8
-    ids = (tokenizer(text)["input_ids"] * _ROW)[:_ROW]
-    count = TOKENS // _ROW
-    rows = [
-        TokenRow(ids, [t > 30 for t in range(_ROW)], "sums" if r % 3 else "legs", r >= count - 2)
-        for r in range(count)
-    ]
-    n = count * (_ROW - 1)
-    row, position = np.divmod(np.arange(n), _ROW - 1)
-    position += 1
-    gate = generator.dirichlet([1, 1, 8], size=n)
-    top = generator.integers(3, 200, size=(n, 4, 3))
-    token = np.array(ids)[position]
-    top[generator.random((n, 4)) < 0.5, 0] = token[0]
-    probability = np.sort(generator.dirichlet([2, 1, 1], size=(n, 4)), axis=2)[:, :, ::-1]
-    loss = generator.exponential(size=(n, 4))
-    learned = position > 30
-    seen = Observations(LAYERS, LAYERS, row, position, token, learned, gate, loss, top, probability)
-    weights = {f"router_weight/layer_{layer}": 0.3 for layer in LAYERS}
-    history = [{"step": s, "loss": 2 / s, "grad_norm": 1.0, **weights} for s in range(1, 9)]
-    log = TrainingLog.of([*history, {"step": 8, "eval_loss": 0.4}])
-    held = seen.where(seen.row < count - 2)
-    groups = groupings(held, rows, tokenizer)
-    table = differences(held.gate, held.row, groups, permutations=99)
-    return Report(
-        name="a <run> & co",
-        record={"command": "depthmix train", "options": {"k": 3}},
-        log=log,
-        rows=rows,
-        seen=held,
-        shown=seen,
-        pieces=Pieces(tokenizer),
-        findings=findings(held, log),
-        groups=groups,
-        table=table,
-        left_out=["nothing </script> of note"],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +66,7 @@ def draw_all(tab):
 def test_it_opens_small_and_without_a_complaint(opened, page):
     assert page.stat().st_size < 5_000_000
     assert opened.locator("h1").inner_text() == "a <run> & co"
-    assert opened.locator(".t[data-i]").count() == TOKENS - TOKENS // _ROW
+    assert opened.locator(".t[data-i]").count() == TOKENS - ROWS
     assert draw_all(opened) > 10
 
 
@@ -152,7 +98,7 @@ def test_arrow_keys_move_from_token_to_token(opened):
 
 def test_filters_and_colours(opened):
     total = visible_rows(opened)
-    assert total == TOKENS // _ROW
+    assert total == ROWS
     opened.select_option("#source", "legs")
     legs = visible_rows(opened)
     assert 0 < legs < total

@@ -1,15 +1,13 @@
 """What docs/report.md shows is run as it stands there, on a tiny run."""
 
-import re
-import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 
 from depthmix.cli import main
+from doc_blocks import blocks, commands
 
-PAGE = (Path(__file__).parents[2] / "docs" / "report.md").read_text("utf-8")
+PAGE = "docs/report.md"
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 
@@ -24,19 +22,17 @@ def tuned(train, rows, tmp_path, monkeypatch):
 
 
 def test_commands_run(tuned, capsys):
-    commands = re.findall(r"^depthmix (report .*)$", PAGE, flags=re.M)
-    assert len(commands) == 3
-    for command in commands:
+    reports = [words for _, words in commands(PAGE) if words[:2] == ["depthmix", "report"]]
+    assert len(reports) == 3
+    for _, *words in reports:
         short = ["--permutations", "99", "--generate", "0", "--rows", "4"]
-        assert main([*shlex.split(command), *short]) == 0, capsys.readouterr().err
+        assert main([*words, *short]) == 0, capsys.readouterr().err
         assert "report: tuned/report/report.html" in capsys.readouterr().out
 
 
 def test_python_runs(tuned, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
-    assert len(blocks) == 2
     names = {}
-    for block in blocks:
-        exec(compile(block, "docs/report.md", "exec"), names)
+    for block in blocks(PAGE, kinds=("python",)):
+        block.run(names)
     assert "end of sequence" in capsys.readouterr().out
     assert [line.group for line in names["table"]] == ["digits"] * 2 + ["words"] * 2

@@ -2,13 +2,10 @@
 
 import copy
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,13 +13,12 @@ import openai
 import pytest
 from jinja2 import TemplateError
 
-import depthmix
 from depthmix.cli import main
 from depthmix.inference.complete import complete
 from depthmix.inference.form import Form
 from depthmix.inference.loading import load_tuned
+from serving import serving
 
-SOURCE = str(Path(depthmix.__file__).parents[1])
 KEY = "a key"
 PROMPT = "What is 3 + 4?"
 
@@ -43,28 +39,6 @@ def run(tiny, rows, tmp_path_factory):
     flags = ["--model_name_or_path", tiny, "--dataset", rows, "--max_steps", "2", "--k", "2"]
     assert main(["train", *flags, "--output_dir", str(parent / "tuned")]) == 0
     return parent
-
-
-@contextmanager
-def serving(folder, *arguments, **environment):
-    """Start `depthmix serve`; give its address and its process."""
-    command = [sys.executable, "-W", "ignore", "-m", "depthmix", "serve", *arguments, "--port", "0"]
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": SOURCE, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        line = process.stdout.readline()
-        try:
-            if "serving" not in line:
-                process.kill()
-                raise AssertionError(process.stderr.read())
-            yield line.split()[3], process
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")

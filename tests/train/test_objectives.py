@@ -1,8 +1,6 @@
 """`--objective dpo | grpo`: from rows to a saved adapter, by TRL's own trainers."""
 
 import json
-import re
-import shlex
 import signal
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOTrainer
 import depthmix
 from depthmix.cli import main
 from depthmix.train.interrupt import StopOnRequest
+from doc_blocks import blocks, commands
 
 PAIRS = [
     {"prompt": f"What is {n} + 4?", "chosen": f" {n + 4}.", "rejected": f" {n + 5}, is it?"}
@@ -299,13 +298,12 @@ def test_trainers_are_trls_own():
 def test_the_transcript_of_the_docs_runs(tiny, tmp_path, monkeypatch, capsys):
     """Its commands, a step each, on a tiny model."""
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(import json.*?)```", page, flags=re.S)
-    exec(compile(code, "objectives.md", "exec"), {})
-    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
-    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
-    names = [c[c.index("--objective") + 1] if "--objective" in c else "sft" for c in commands]
+    page = "docs/objectives.md"
+    for block in blocks(page, kinds=("python",)):
+        block.run({})
+    steps = [words for _, words in commands(page) if "--output_dir" in words]
+    names = [w[w.index("--objective") + 1] if "--objective" in w else "sft" for w in steps]
     assert names == ["sft", "grpo", "dpo"]
-    for command in commands:
-        local = [tiny if a == "HuggingFaceTB/SmolLM2-135M-Instruct" else a for a in command[1:]]
+    for _, *words in steps:
+        local = [tiny if w == "HuggingFaceTB/SmolLM2-135M-Instruct" else w for w in words]
         assert main([*local, "--max_steps", "1"]) == 0, capsys.readouterr().err

@@ -149,7 +149,7 @@ def _gain(seen: Observations, log: TrainingLog) -> Finding:
             name,
             "look",
             figure,
-            "the mixture does not predict better than its last layer: see by `depthmix compare` "
+            "the mixture does not predict better than its last layer: see by depthmix compare "
             "whether LoRA alone does as well (with k: 1 the loss stays as lean)",
         )
     return Finding(name, "fine", figure)

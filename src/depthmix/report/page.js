@@ -115,8 +115,8 @@ function predictions(i) {
       weight.prepend(bar);
     }
     const best = Array.from({ length: many }, (_, m) => p * many + m)
-      .map((at) => `${JSON.stringify(data.texts[data.top[i][at]])} ${data.probability[i][at]}%`);
-    body.append(element("tr", element("th", name), weight, element("td", data.losses[i][p].toFixed(2)), element("td", best.join("  "))));
+      .map((at) => element("span", `${JSON.stringify(data.texts[data.top[i][at]])} ${data.probability[i][at]}%`));
+    body.append(element("tr", element("th", name), weight, element("td", data.losses[i][p].toFixed(2)), element("td", ...best)));
   });
   table.append(body);
   return table;

@@ -46,7 +46,9 @@ def _grouping(seen: Observations, g: Grouping, table: Sequence[Difference]) -> F
     )
     other = "other rows" if g.of_rows else "the row's other tokens"
     points = base.mark_point(size=80, filled=True).encode(
-        x=alt.X("difference:Q", title=f"weight, less that of {other}", scale=alt.Scale(padding=14)),
+        x=alt.X(
+            "difference:Q", title="weight, less that of the others", scale=alt.Scale(padding=14)
+        ),
         stroke=colour("layer", names, alt.Stroke),
         fill=colour("layer", names, alt.Fill),
         shape=alt.Shape("layer:N", sort=names, legend=None),
