@@ -3,7 +3,7 @@
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -32,7 +32,7 @@ class Block:
         exec(compile(text, self.page, "exec"), names)
 
     def commands(self):
-        """Return the command lines as lists of words, without comments, pipes and redirections."""
+        """Return the command lines as lists of words, without what only the shell reads."""
         text = self.text.replace("\\\n", " ")
         if self.kind == "console":
             text = "\n".join(re.findall(r"^\$ (.*)$", text, flags=re.M))
@@ -70,4 +70,5 @@ def _piped(line):
     lexer.whitespace_split = True
     words = iter(lexer)
     while command := list(takewhile(lambda word: word != "|", words)):
-        yield list(takewhile(lambda word: word != ">", command))
+        named = dropwhile(lambda word: re.match(r"[A-Z]+=", word), command)
+        yield list(takewhile(lambda word: word != ">", named))
