@@ -212,9 +212,9 @@ def test_a_command_line_is_understood(block, words, hub, inside):
 
 
 @pytest.mark.parametrize("block", blocks(*PAGES, kinds=("yaml",)), ids=str)
-def test_an_experiment_is_ready_to_run(block, workplace, inside):
+def test_an_experiment_is_ready_to_run(block, workplace, hub, inside):
     """Read and checked as `compare` does before its first run; a part is added to the whole."""
     whole = yaml.safe_load((workplace / "experiment.yaml").read_text())
     path = workplace / "checked.yaml"
-    path.write_text(yaml.safe_dump(whole | yaml.safe_load(block.text)))
+    path.write_text(yaml.safe_dump(whole | yaml.safe_load(replaced(block.text, hub))))
     prepare(read_experiment(path))
