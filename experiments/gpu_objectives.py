@@ -42,7 +42,9 @@ def _experiment(options: Options, folder: str, seeds: int) -> Row:
         for file in (supervised, rewarded)
         for name, method in file["methods"].items()
     }
-    small = _SMALL_ROWS if options.small else {}
+    tasks = rewarded["tasks"]
+    if options.small:
+        tasks = {"sums": {**tasks["sums"], **_SMALL_ROWS}}
     return {
         **rewarded,
         "model_name_or_path": options.model,
@@ -50,7 +52,7 @@ def _experiment(options: Options, folder: str, seeds: int) -> Row:
         "seeds": list(range(1, seeds + 1)),
         "defaults": {},
         "methods": methods,
-        "tasks": {name: {**task, **small} for name, task in rewarded["tasks"].items()},
+        "tasks": tasks,
     }
 
 

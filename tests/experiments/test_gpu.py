@@ -37,10 +37,9 @@ def test_every_part_runs(tiny, rows, tmp_path):
     }
     assert {"lora", "half", "light", "mode"} <= {row["method"] for row in parts["steps"]["rows"]}
     assert {row["seeds"] for row in parts["evidence"]["rows"]} == {1}
-    compared = {(row["task"], row["method"]) for row in parts["objectives"]["rows"]}
-    methods = {"none", "kl, layers", "js, adaptation", "sft", "grpo", "grpo+mode, js signed"}
-    assert {(task, method) for task in ("sums", "arithmetic") for method in methods} <= compared
-    assert len(compared) == 2 * (7 + 5)
+    methods = [row["method"] for row in parts["objectives"]["rows"]]
+    assert {"none", "kl, layers", "sft", "grpo", "grpo+mode, js signed"} <= set(methods)
+    assert len(methods) == 7 + 5
 
 
 def test_what_fails_is_named_and_loses_nothing(monkeypatch):
