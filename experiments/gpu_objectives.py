@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FILES = ("divergences.yaml", "grpo.yaml")
-_SMALL = {"num_train_epochs": 1, "tuned_layers": "1", "k": 2}
+_SMALL = {"num_train_epochs": 1, "k": 2}
 _SMALL_ROWS = {"train_rows": 4, "validation_rows": 1, "test_rows": 2}
 
 
