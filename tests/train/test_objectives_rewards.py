@@ -89,7 +89,7 @@ def test_a_function_of_the_users_own_names_its_columns(module):
 
 
 def test_the_prompt_is_no_column():
-    with pytest.raises(ConfigError, match="regex:{prompt}: prompt is no column .* prompts"):
+    with pytest.raises(ConfigError, match=r"regex:{prompt}: prompt is no column .* prompts"):
         rewards_of(RunOptions(objective="grpo", dataset=["rows.jsonl"], reward=["regex:{prompt}"]))
 
 
