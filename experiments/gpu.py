@@ -25,6 +25,7 @@ from depthmix.provenance import command, versions
 from gpu_correctness import correctness
 from gpu_evidence import evidence
 from gpu_losses import loss_alone
+from gpu_objectives import objectives
 from gpu_steps import decoding, steps
 
 Row = dict[str, Any]
@@ -40,8 +41,8 @@ class Options:
         data: files or sources of prompt and completion, as for `depthmix train --dataset`.
         output: the JSON file.
         minutes: for everything.
-        seeds: of the evidence.
-        workers: runs of the evidence at a time, on the one GPU.
+        seeds: of the comparisons.
+        workers: runs of a comparison at a time, on the one GPU.
         small: sizes for a CPU.
     """
 
@@ -54,12 +55,15 @@ class Options:
     small: bool
 
 
+OBJECTIVES = 0.3  # of all minutes, for the last part
+
 PARTS: dict[str, Callable[[Options, float], list[Row]]] = {
     "correctness": lambda options, _: correctness(options.model),
     "loss alone": lambda options, _: loss_alone(options.small),
     "steps": lambda options, _: steps(options.model, options.small),
     "decoding": lambda options, _: decoding(options.model, options.small),
-    "evidence": evidence,
+    "evidence": lambda options, ends: evidence(options, ends - 60 * OBJECTIVES * options.minutes),
+    "objectives": objectives,
 }
 
 
@@ -127,8 +131,8 @@ def parse() -> Options:
     add("--data", nargs="+", required=True, help="rows of prompt and completion")
     add("--output", type=Path, default=Path("gpu.json"), help="JSON file for all figures")
     add("--minutes", type=float, default=8.0, help="time for everything")
-    add("--seeds", type=int, default=10, help="seeds of the evidence")
-    add("--workers", type=int, default=6, help="runs of the evidence at a time")
+    add("--seeds", type=int, default=10, help="seeds of the comparisons")
+    add("--workers", type=int, default=6, help="runs of a comparison at a time")
     given = parser.parse_args()
     return Options(**vars(given), small=not torch.cuda.is_available())
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +43,22 @@ def evidence(options: Options, ends: float) -> list[Row]:
         options: of the command line.
         ends: by `time.perf_counter`; the comparison is stopped then.
     """
+    return list(_rows(compared(options, ends, partial(_experiment, options))))
+
+
+def compared(options: Options, ends: float, experiment: Callable[[str, int], Row]) -> list[Row]:
+    """Run a comparison, one seed more at a time, and return the runs of whole seeds.
+
+    Args:
+        options: of the command line.
+        ends: by `time.perf_counter`; the comparison is stopped then.
+        experiment: output folder and number of seeds -> what an experiment file says.
+    """
+    runs: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        results: Row = {"runs": []}
         for seeds in range(1, options.seeds + 1):
             path = Path(folder) / "experiment.yaml"
-            path.write_text(yaml.safe_dump(_experiment(options, folder, seeds)), "utf-8")
+            path.write_text(yaml.safe_dump(experiment(folder, seeds), sort_keys=False), "utf-8")
             command = [sys.executable, "-m", "depthmix", "compare", str(path)]
             command += ["--workers", str(options.workers)]
             left = max(1.0, ends - time.perf_counter())
@@ -53,8 +66,8 @@ def evidence(options: Options, ends: float) -> list[Row]:
                 subprocess.run(command, check=False, timeout=left, stdout=subprocess.DEVNULL)
             except subprocess.TimeoutExpired:
                 break
-            results = json.loads((Path(folder) / "results.json").read_text("utf-8"))
-        return list(_rows(results["runs"]))
+            runs = json.loads((Path(folder) / "results.json").read_text("utf-8"))["runs"]
+    return runs
 
 
 def _experiment(options: Options, folder: str, seeds: int) -> Row:
@@ -108,7 +121,7 @@ def _rows(runs: list[Row]) -> list[Row]:
                 "parameters": own[0]["trainable_parameters"],
                 "loss": statistics.mean(run["loss"] for run in own),
                 "accuracy": statistics.mean(run["accuracy"] for run in own),
-                "± of the mean": _error([run["accuracy"] for run in own]),
+                "± of the mean": error_of_mean([run["accuracy"] for run in own]),
                 "seconds": statistics.mean(run["seconds"] for run in own),
                 "seconds to 95 %": seconds_to(_curve(runs, method), 0.95 * best),
             }
@@ -120,5 +133,6 @@ def _curve(runs: list[Row], method: str) -> list[tuple[float, float, float, floa
     return points_over_time([run for run in runs if run["method"] == method], "accuracy")
 
 
-def _error(values: list[float]) -> float | None:
+def error_of_mean(values: list[float]) -> float | None:
+    """Return the standard error of a mean; None of a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -22,7 +22,14 @@ def test_every_part_runs(tiny, rows, tmp_path):
     )
     parts = json.loads(output.read_text())["parts"]
     assert {name: part["error"] for name, part in parts.items()} == dict.fromkeys(parts)
-    assert list(parts) == ["correctness", "loss alone", "steps", "decoding", "evidence"]
+    assert list(parts) == [
+        "correctness",
+        "loss alone",
+        "steps",
+        "decoding",
+        "evidence",
+        "objectives",
+    ]
     assert [row["check"] for row in parts["correctness"]["rows"] if not row["right"]] == []
     assert len(parts["correctness"]["rows"]) == 3 * 7 + 1
     assert {row["loss"] for row in parts["loss alone"]["rows"]} == {
@@ -30,6 +37,9 @@ def test_every_part_runs(tiny, rows, tmp_path):
     }
     assert {"lora", "half", "light", "mode"} <= {row["method"] for row in parts["steps"]["rows"]}
     assert {row["seeds"] for row in parts["evidence"]["rows"]} == {1}
+    methods = [row["method"] for row in parts["objectives"]["rows"]]
+    assert {"none", "kl, layers", "sft", "grpo", "grpo+mode, js signed"} <= set(methods)
+    assert len(methods) == 7 + 5
 
 
 def test_what_fails_is_named_and_loses_nothing(monkeypatch):

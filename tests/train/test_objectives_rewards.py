@@ -88,6 +88,11 @@ def test_a_function_of_the_users_own_names_its_columns(module):
     assert marks("own_rewards:everything", ["7"]) == [0.0]
 
 
+def test_the_prompt_is_no_column():
+    with pytest.raises(ConfigError, match=r"regex:{prompt}: prompt is no column .* prompts"):
+        rewards_of(RunOptions(objective="grpo", dataset=["rows.jsonl"], reward=["regex:{prompt}"]))
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import depthmix
 from depthmix.carry.saved_run import SavedRun
-from depthmix.compare.experiment import Experiment
+from depthmix.compare.experiment import AFTER, Experiment
 from depthmix.compare.rows import Row, TaskRows, digest, load_rows
 from depthmix.compare.spread import LOG
 from depthmix.errors import ConfigError
@@ -22,19 +22,26 @@ from depthmix.pretrained import require_no_adapter
 from depthmix.train.arguments import TrainArguments, resolve
 from depthmix.train.checks import require_possible
 from depthmix.train.given import Given
+from depthmix.train.run_options import Objective, RunOptions
 
 RESULT, TRAIN, TRAIN_ROWS, SCORED_ROWS = "result.json", "train.yaml", "train.jsonl", "score.jsonl"
 CALIBRATION_ROWS = "calibrate.jsonl"
+TUNED = "tuned"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a task, a method, a seed, and the folder that it lives in."""
+    """One run: a task, a method, a seed, and the folder that it lives in.
+
+    Attributes:
+        start: the run whose adapter this one begins with; None to begin at the base model.
+    """
 
     task: str
     method: str
     seed: int
     folder: Path
+    start: Cell | None = None
 
     @property
     def name(self) -> str:
@@ -45,6 +52,11 @@ class Cell:
         """Return what the run wrote, or None if it is not done."""
         path = self.folder / RESULT
         return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is what the run begins with."""
+        return self.start is None or self.start.result() is not None
 
 
 def prepare(experiment: Experiment) -> list[Cell]:
@@ -57,9 +69,9 @@ def prepare(experiment: Experiment) -> list[Cell]:
         ConfigError: a method has an option that cannot be; rows are too few.
         DataError: a source is missing or a row is broken.
     """
-    calibrated = {name for name in experiment.methods if _checked(experiment, name).run.calibrate}
+    runs = {name: _checked(experiment, name).run for name in experiment.methods}
     rows = {name: load_rows(name, task) for name, task in experiment.tasks.items()}
-    return list(_cells(experiment, rows, calibrated))
+    return list(_cells(experiment, rows, runs))
 
 
 # What a comparison decides for every run.
@@ -71,7 +83,7 @@ _OURS = (
 
 def _checked(experiment: Experiment, method: str) -> TrainArguments:
     """Return the options of a method; refuse as `depthmix train` would, before the first run."""
-    given = experiment.methods[method]
+    given = experiment.given_of(method)
     for name in _OURS:
         if name in given:
             raise ConfigError(f"{given[name].place}: decided by the comparison, not by a method")
@@ -87,6 +99,12 @@ def _checked(experiment: Experiment, method: str) -> TrainArguments:
         require_possible(arguments)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
+    objective = arguments.run.objective
+    if objective not in _FORMATS:
+        raise ConfigError(f"{place}: objective {objective} needs pairs, which no task has")
+    if experiment.start_of(method) and objective == "sft":
+        after = experiment.methods[method][AFTER]
+        raise ConfigError(f"{after.place}: objective sft begins at the base model, grpo may")
     return arguments
 
 
@@ -96,33 +114,36 @@ def _evaluating(dataset: list[str]) -> dict[str, Any]:
 
 
 def _cells(
-    experiment: Experiment, rows: dict[str, TaskRows], calibrated: set[str]
+    experiment: Experiment, rows: dict[str, TaskRows], runs: dict[str, RunOptions]
 ) -> Iterator[Cell]:
     version = depthmix.__version__
     revisions = {
         method: experiment.options_of(method).get("model_revision") for method in experiment.methods
     }
     models = {at: _weights(experiment.model_name_or_path, at) for at in set(revisions.values())}
+    cells: dict[tuple[str, str | None, int], Cell] = {}
     for task in experiment.tasks:
         scored = rows[task].scored(experiment.split)
         for method in experiment.methods:
             for seed in experiment.seeds:
+                start = cells.get((task, experiment.start_of(method), seed))
                 training = rows[task].training(experiment.tasks[task].train_rows, seed)
                 options = {
                     **_DEFAULTS,
                     **experiment.options_of(method),
-                    "dataset_format": "prompt_completion",
+                    "dataset_format": _FORMATS[runs[method].objective],
                     "seed": seed,
                 }
                 written = {TRAIN_ROWS: training, SCORED_ROWS: scored}
-                if method in calibrated:
+                if runs[method].calibrate:
                     written[CALIBRATION_ROWS] = rows[task].validation
-                weights = models[revisions[method]]
-                identity = digest([version, weights, options, *written.values()])
+                began = start.folder.name if start else models[revisions[method]]
+                identity = digest([version, began, options, *written.values()])
                 folder = Path(experiment.output_dir) / "runs" / f"{task}-{method}-{seed}-{identity}"
-                named = {"model_name_or_path": experiment.model_name_or_path, **options}
-                _write(folder, named, written)
-                yield Cell(task, method, seed, folder)
+                begins = str(start.folder / TUNED) if start else experiment.model_name_or_path
+                _write(folder, {"model_name_or_path": begins, **options}, written)
+                cells[task, method, seed] = Cell(task, method, seed, folder, start)
+                yield cells[task, method, seed]
 
 
 def _weights(model: str, revision: str | None) -> str:
@@ -131,6 +152,9 @@ def _weights(model: str, revision: str | None) -> str:
     require_no_adapter(base)
     return base.digest()
 
+
+# How a row is read; a task has prompts and completions, and no pairs.
+_FORMATS: dict[Objective, str] = {"sft": "prompt_completion", "grpo": "prompt"}
 
 _DEFAULTS = {
     "num_train_epochs": 1,
@@ -149,7 +173,7 @@ def _write(folder: Path, options: dict[str, Any], written: dict[str, list[Row]])
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     paths: dict[str, Any] = {
         "dataset": [str(folder / TRAIN_ROWS)],
-        "output_dir": str(folder / "tuned"),
+        "output_dir": str(folder / TUNED),
     }
     if CALIBRATION_ROWS in written:
         paths |= _evaluating([str(folder / CALIBRATION_ROWS)])
@@ -163,7 +187,8 @@ Outcomes = Iterator[tuple[Path, int]]
 def run_all(cells: list[Cell], run: Callable[[list[Path]], Outcomes]) -> list[str]:
     """Run what is not done yet and return what failed, a line each.
 
-    A run that fails is reported and loses none of the others. Ctrl-C stops all; what is done stays.
+    Runs that begin with another one's adapter come once all others are done. A run that fails is
+    reported and loses none but those that begin with it. Ctrl-C stops all; what is done stays.
 
     Args:
         cells: what `prepare` returned.
@@ -172,14 +197,21 @@ def run_all(cells: list[Cell], run: Callable[[list[Path]], Outcomes]) -> list[st
     waiting = {cell.folder: cell for cell in cells if cell.result() is None}
     failed: list[str] = []
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run") as progress:
-        for folder, status in run(list(waiting)):
-            progress.update()
-            progress.write(_told(waiting[folder], status))
-            if status in (130, 143):
-                raise KeyboardInterrupt
-            if status != 0:
-                failed.append(_told(waiting[folder], status))
-    return failed
+        while ready := [folder for folder, cell in waiting.items() if cell.ready]:
+            for folder, status in run(ready):
+                cell = waiting.pop(folder)
+                progress.update()
+                progress.write(_told(cell, status))
+                if status in (130, 143):
+                    raise KeyboardInterrupt
+                if status != 0:
+                    failed.append(_told(cell, status))
+    return failed + [f"{cell.name}: {_start_name(cell)} failed" for cell in waiting.values()]
+
+
+def _start_name(cell: Cell) -> str:
+    assert cell.start is not None  # or the cell would have run
+    return f"not run, since {cell.start.name},"
 
 
 def _told(cell: Cell, status: int) -> str:
@@ -218,7 +250,10 @@ def collect(experiment: Experiment, cells: list[Cell]) -> dict[str, Any]:
     rows = {(cell.task, cell.method, cell.seed): result["rows"] for cell, result in done}
     described = {
         **{name: value for name, value in vars(experiment).items() if name != "methods"},
-        "methods": {method: experiment.options_of(method) for method in experiment.methods},
+        "methods": {
+            method: {name: given.text for name, given in own.items()}
+            for method, own in experiment.methods.items()
+        },
         "tasks": {name: asdict(task) for name, task in experiment.tasks.items()},
     }
     return {

@@ -9,7 +9,9 @@
     methods: {lora: {mode: false}, lora+mode: {k: 3}}
     tasks: {mawps: {dataset: [mawps_train_raw.json], train_rows: 320, test_rows: 200}}
 
-`defaults` and the entries of a method are options of `depthmix train`, and read as it reads them.
+`defaults` and the entries of a method are options of `depthmix train`, and read as it reads them;
+but for `after`, which names an earlier method: a run then begins with the adapter that this one has
+given for the same task and seed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from depthmix.train.typed import typed
 
 Split = Literal["validation", "test"]
 T = TypeVar("T")
+AFTER = "after"
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Experiment:
     """What an experiment file says; see the module's text.
 
     Attributes:
-        methods: options of `depthmix train` by name of the method, as they were written, the
-            defaults included.
+        methods: options of `depthmix train`, and `after`, by name of the method, as they were
+            written, the defaults included.
     """
 
     model_name_or_path: str
@@ -80,7 +83,16 @@ class Experiment:
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Return the options of `depthmix train` for a method, as they were written."""
-        return {name: given.text for name, given in self.methods[method].items()}
+        return {name: given.text for name, given in self.given_of(method).items()}
+
+    def given_of(self, method: str) -> dict[str, Given]:
+        """Return the same with their places."""
+        return _without(self.methods[method], (AFTER,))
+
+    def start_of(self, method: str) -> str | None:
+        """Return the method whose adapters the runs of a method begin with, if there is one."""
+        after = self.methods[method].get(AFTER)
+        return None if after is None else str(after.text)
 
 
 _PARTS = ("defaults", "methods", "tasks")
@@ -109,7 +121,21 @@ def read_experiment(path: Path) -> Experiment:
             f"{file['baseline'].place}: {experiment.baseline!r} is none of the methods: "
             f"{', '.join(experiment.methods)}"
         )
+    _require_starts(experiment)
     return experiment
+
+
+def _require_starts(experiment: Experiment) -> None:
+    """Refuse a method that is to begin where none before it has ended."""
+    earlier: list[str] = []
+    for method, given in experiment.methods.items():
+        start = experiment.start_of(method)
+        if start is not None and start not in earlier:
+            raise ConfigError(
+                f"{given[AFTER].place}: {start!r} is none of the methods that stand before this "
+                f"one: {', '.join(earlier) or 'there is none'}"
+            )
+        earlier.append(method)
 
 
 def _task(path: Path, name: str, given: Mapping[str, Given]) -> Task:

@@ -25,6 +25,7 @@ from depthmix.train import output
 from depthmix.train.arguments import parse
 from depthmix.train.calibrate import calibrate_trained
 from depthmix.train.fit import fit
+from depthmix.train.run_options import Objective
 
 
 def run(folder: Path) -> int:
@@ -41,9 +42,7 @@ def run(folder: Path) -> int:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_bytes": curve.peak_bytes,
         "seconds": curve.seconds,
-        "loss_curve": [
-            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
-        ],
+        **_curves(arguments.run.objective, trainer.state.log_history),
     }
     output.save(Path(str(arguments.training.output_dir)), trainer)
     if arguments.run.calibrate:
@@ -69,6 +68,19 @@ def run(folder: Path) -> int:
     }
     write_text(folder / RESULT, json.dumps(result))
     return 0
+
+
+def _curves(objective: Objective, logs: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Return loss by step, or rewards: the loss of a policy's gradient tells nothing."""
+    losses, rewards = (
+        [[entry["step"], entry[name]] for entry in logs if name in entry]
+        for name in ("loss", "reward")
+    )
+    return (
+        {"loss_curve": losses}
+        if objective == "sft"
+        else {"loss_curve": [], "reward_curve": rewards}
+    )
 
 
 _MEANS = ("layer_loss", "layer_accuracy", "gate", "entropy", "rescued")

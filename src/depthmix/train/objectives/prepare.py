@@ -14,7 +14,7 @@ from depthmix.inference.form import appends_eos
 from depthmix.train.arguments import TrainArguments
 from depthmix.train.data import ReadRows, load_rows, notes, placing, prepare_data, require_rows
 from depthmix.train.objectives.prepared import Prepared
-from depthmix.train.objectives.rewards import Reward, rewards_of
+from depthmix.train.objectives.rewards import Reward, carried, rewards_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,7 +61,7 @@ def _prompts(arguments: TrainArguments) -> Prepared:
     with arguments.training.main_process_first(desc="data"):
         loaded = load_rows(arguments, columns)
         train, evaluation = (
-            None if read is None else _for_trl(read, ("prompt",), loaded.tokenizer)
+            None if read is None else _with_columns(read, columns, loaded.tokenizer)
             for read in (loaded.train, loaded.evaluation)
         )
     assert train is not None
@@ -77,6 +77,14 @@ def _prompts(arguments: TrainArguments) -> Prepared:
         further={"reward_funcs": figures.watching(rewards)},
         figures=figures,
     )
+
+
+def _with_columns(
+    read: ReadRows, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Return prompts, and beside them what the rewards read."""
+    rows = _for_trl(read, ("prompt",), tokenizer)
+    return rows.rename_columns({name: carried(name) for name in columns})
 
 
 def prompt_ids(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

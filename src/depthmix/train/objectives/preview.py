@@ -10,7 +10,7 @@ from depthmix.data.conversation import renderer
 from depthmix.data.fields import Row, common_length
 from depthmix.train.arguments import TrainArguments
 from depthmix.train.objectives.prepare import prepare
-from depthmix.train.objectives.rewards import rewards_of
+from depthmix.train.objectives.rewards import carried, rewards_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def show_prompts(arguments: TrainArguments, console: Console) -> None:
         console.print(f"row {number}: {len(ids):,} tokens", style="dim")
         console.print(data.tokenizer.decode(ids, skip_special_tokens=False), markup=False)
         for reward in rewards:
-            wanted = reward.wanted({name: json.loads(row[name]) for name in reward.columns})
+            wanted = reward.wanted({n: json.loads(row[carried(n)]) for n in reward.columns})
             console.print(f"rewarded by {reward.name}: {wanted}", markup=False)
         console.print()
     step = training.generation_batch_size // training.num_generations

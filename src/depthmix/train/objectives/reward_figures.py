@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from depthmix.train.objectives.rewards import Marks, Reward
+from depthmix.train.objectives.rewards import Marks, Reward, named_as_written
 
 
 class RewardFigures(TrainerCallback):
@@ -38,7 +38,7 @@ class RewardFigures(TrainerCallback):
 
     def _watching(self, reward: Reward) -> Callable[..., Marks]:
         def score(**given: Any) -> Marks:
-            marks = reward.score(**given)
+            marks = reward.score(**named_as_written(given))
             self._marks.append(marks)
             if len(self._marks) == len(self._weights):
                 self._note(given["prompts"])

@@ -23,6 +23,7 @@ _KINDS = ("number", "exact", "regex", GYM)
 _COLUMN = re.compile(r"\{([A-Za-z_]\w*)\}")  # a quantifier such as {3} is none
 _FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*)")
 _FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_CARRIED = "row:"  # TRL leaves out columns that have names of its own, such as completion
 Marks = list[float | None]
 
 
@@ -60,7 +61,14 @@ def rewards_of(run: RunOptions) -> list[Reward]:
                 "number:answer; only data of reasoning_gym brings its own"
             )
         named = [GYM]
-    return [reward(text) for text in named]
+    rewards = [reward(text) for text in named]
+    for found in rewards:
+        if "prompt" in found.columns:
+            raise ConfigError(
+                f"reward {found.name}: prompt is no column to reward by; a function has it in its "
+                "parameter prompts"
+            )
+    return rewards
 
 
 def reward(text: str) -> Reward:
@@ -84,6 +92,16 @@ def reward(text: str) -> Reward:
         f"reward {text}: expected number:COLUMN, exact:COLUMN, regex:PATTERN, {GYM} or "
         f"MODULE:FUNCTION{nearest(kind, _KINDS)}"
     )
+
+
+def carried(column: str) -> str:
+    """Return the name under which a column goes through TRL's trainer."""
+    return _CARRIED + column
+
+
+def named_as_written(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what TRL's trainer gives a reward, columns under the names that the rows have."""
+    return {name.removeprefix(_CARRIED): values for name, values in given.items()}
 
 
 # The kinds
