@@ -31,6 +31,7 @@ from depthmix.files import write_text
 from depthmix.pretrained import ignore_renamed_properties
 
 Run = dict[str, Any]
+GAIN = "gain over the last layer"
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def looked_at(cell: Cell) -> Run:
         "layers": list(seen.late),
         "weights": _learned(seen).gate.mean(axis=0).tolist(),
         "entropy": float(_learned(seen).entropy.mean()),
-        "gain over the last layer": [gain, error],
+        GAIN: [gain, error],
         "differences": [vars(line) for line in differences(seen.gate, seen.row, groups)],
     }
 
@@ -129,13 +130,19 @@ def show(runs: Sequence[Run]) -> None:
             )
     console = Console()
     console.print(table)
+    for task in dict.fromkeys(run["task"] for run in runs):
+        own = [run for run in runs if run["task"] == task]
+        for line in common(own):
+            if line["agree"] and line["layer"] == own[0]["layers"][-1]:
+                sizes = ", ".join(f"{size:+.4f}" for size in line["differences"])
+                console.print(f"{task}, {line['grouping']}, {line['group']}: last layer {sizes}")
     for run in runs:
         weights = ", ".join(f"{weight:.3f}" for weight in run["weights"])
-        gain, error = run["gain over the last layer"]
-        console.print(
-            f"{run['task']}, seed {run['seed']}: weights {weights}, entropy {run['entropy']:.3f}, "
-            f"better than the last layer by {gain:+.4f} ± {error:.4f} nats"
-        )
+        name = f"{run['task']}, seed {run['seed']}"
+        console.print(f"{name}: weights {weights}, entropy {run['entropy']:.3f}")
+        if GAIN in run:
+            gain, error = run[GAIN]
+            console.print(f"  better than the last layer by {gain:+.4f} ± {error:.4f} nats")
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
