@@ -33,7 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text("utf-8"))
     timed = json.loads(options.bench.read_text("utf-8"))["cache"]
-    results["runs"] = [retimed(run, timed) for run in results["runs"]]
+    trained = [run for run in results["runs"] if len(run["curve"]) > 1]  # all but the base
+    results["runs"] = [retimed(run, timed) for run in trained]
     plot_over_time(results, options.picture, ("accuracy",), unit="epochs of LoRA")
     for line in reached(results["runs"]):
         print(line)

@@ -146,7 +146,10 @@ def show(runs: Sequence[Run]) -> None:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw the last layer's weight by token class, one panel a task and one mark a seed."""
+    """Draw the last layer's weight by token class, one panel a task and one mark a seed.
+
+    A mark is filled where the difference is more than chance.
+    """
     from matplotlib.figure import Figure
 
     from depthmix.charts import PALETTE
@@ -162,8 +165,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             if line["grouping"].startswith("token class") and line["layer"] == last
         ]
         names = [_label(line) for line in lines]
+        seeds = []
         for seed in range(len(own)):
             colour = PALETTE[seed]
+            (mark,) = axes.plot([], [], "o", color=colour, label=f"seed {own[seed]['seed']}")
+            seeds.append(mark)
             for place, line in enumerate(lines):
                 real = Difference(**_of(own[seed], line)).is_real
                 face = colour if real else "none"
@@ -172,7 +178,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_title(task)
-        axes.set_xlabel(f"weight of layer {last}: class less the row's other tokens")
+    figure.supxlabel(f"weight of layer {last}, less that of the row's other tokens", fontsize=10)
+    figure.legend(handles=seeds, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
