@@ -75,7 +75,7 @@ def workplace(tiny, hub, rows, tmp_path_factory):
     shutil.copy(rows, folder / "train.jsonl")
     for name in ("experiments", "configs"):
         (folder / name).symlink_to(ROOT / name)
-    (experiment,) = blocks("docs/comparing.md", kinds=("yaml",))
+    experiment, *_ = blocks("docs/comparing.md", kinds=("yaml",))
     (folder / "experiment.yaml").write_text(replaced(experiment.text, hub))
     (folder / "mawps_train_raw.json").write_text(json.dumps(MAWPS))
     options = {"model_name_or_path": tiny, "dataset": "train.jsonl", "output_dir": "tuned"}
