@@ -134,8 +134,8 @@ def show(runs: Sequence[Run]) -> None:
         own = [run for run in runs if run["task"] == task]
         for line in common(own):
             if line["agree"] and line["layer"] == own[0]["layers"][-1]:
-                sizes = ", ".join(f"{size:+.4f}" for size in line["differences"])
-                console.print(f"{task}, {line['grouping']}, {line['group']}: last layer {sizes}")
+                listed = ", ".join(f"{size:+.4f}" for size in line["differences"])
+                console.print(f"{task}, {line['grouping']}, {line['group']}: last layer {listed}")
     for run in runs:
         weights = ", ".join(f"{weight:.3f}" for weight in run["weights"])
         name = f"{run['task']}, seed {run['seed']}"

@@ -216,5 +216,6 @@ def test_an_experiment_is_ready_to_run(block, workplace, hub, inside):
     """Read and checked as `compare` does before its first run; a part is added to the whole."""
     whole = yaml.safe_load((workplace / "experiment.yaml").read_text())
     path = workplace / "checked.yaml"
-    path.write_text(yaml.safe_dump(whole | yaml.safe_load(replaced(block.text, hub))))
+    both = whole | yaml.safe_load(replaced(block.text, hub))
+    path.write_text(yaml.safe_dump(both, sort_keys=False))
     prepare(read_experiment(path))
