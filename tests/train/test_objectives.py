@@ -253,7 +253,7 @@ def test_every_method_is_compared_with_itself(run, tmp_path, flags):
         ("grpo", ["--reward", "no_such_module:f"], "no_such_module cannot be imported from"),
         ("grpo", ["--reward", "json:no_such"], "json has no function no_such"),
         ("grpo", ["--reward", "reasoning_gym:chain_sums"], "did you mean chain_sum?"),
-        ("grpo", ["--reward", "number:prompt", "--entropy_coef", "0.1"], "entropy_coef: the loss"),
+        ("grpo", ["--reward", "number:answer", "--entropy_coef", "0.1"], "entropy_coef: the loss"),
         ("grpo", ["--temperature", "0"], "--temperature: must be > 0"),
         ("grpo", ["--max_completion_length", "0"], "--max_completion_length: must be >= 1"),
         ("grpo", ["--top_p", "1.5"], "--top_p: must be in (0, 1]"),
