@@ -110,11 +110,19 @@ def _key(line: dict[str, Any]) -> tuple[str, str, int]:
     return line["grouping"], line["group"], line["layer"]
 
 
+def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each task."""
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        tasks.setdefault(run["task"], []).append(run)
+    return tasks
+
+
 def show(runs: Sequence[Run]) -> None:
     """Print a table of tasks and groupings, and what of it all seeds agree on."""
     table = Table("task", "grouping", "tests", "real in one seed", "in all, one sign", "largest")
-    for task in dict.fromkeys(run["task"] for run in runs):
-        own = [run for run in runs if run["task"] == task]
+    told = []
+    for task, own in by_task(runs).items():
         lines = common(own)
         for grouping in dict.fromkeys(line["grouping"] for line in lines):
             some = [line for line in lines if line["grouping"] == grouping]
@@ -128,14 +136,13 @@ def show(runs: Sequence[Run]) -> None:
                 str(len(agreed)),
                 f"{max(sizes):.3f}" if sizes else "",
             )
-    console = Console()
-    console.print(table)
-    for task in dict.fromkeys(run["task"] for run in runs):
-        own = [run for run in runs if run["task"] == task]
-        for line in common(own):
+        for line in lines:
             if line["agree"] and line["layer"] == own[0]["layers"][-1]:
                 listed = ", ".join(f"{size:+.4f}" for size in line["differences"])
-                console.print(f"{task}, {line['grouping']}, {line['group']}: last layer {listed}")
+                told.append(f"{task}, {line['grouping']}, {line['group']}: last layer {listed}")
+    console = Console()
+    console.print(table)
+    console.print("\n".join(told))
     for run in runs:
         weights = ", ".join(f"{weight:.3f}" for weight in run["weights"])
         name = f"{run['task']}, seed {run['seed']}"
@@ -154,10 +161,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
     from depthmix.charts import PALETTE
 
-    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    tasks = by_task(runs)
     figure = Figure(figsize=(4.4 * len(tasks), 3.6), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        own = [run for run in runs if run["task"] == task]
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, (task, own) in zip(panels, tasks.items(), strict=True):
         last = own[0]["layers"][-1]
         lines = [
             line

@@ -197,8 +197,5 @@ def head_logits(
 ) -> Float[Tensor, "*n v"]:
     """Return what a model predicts, in fp32, from states behind its final norm."""
     logits: Tensor = host.get_output_embeddings()((states * anatomy.head_scale).to(host.dtype))
-    logits = logits.float()
-    if anatomy.output_bias_path is not None:
-        owner, _, name = anatomy.output_bias_path.rpartition(".")
-        logits = logits + getattr(host.get_submodule(owner), name).flatten()
-    return anatomy.logit_transform(logits)
+    bias = anatomy.output_bias(host)
+    return anatomy.logit_transform(logits.float() if bias is None else logits.float() + bias)

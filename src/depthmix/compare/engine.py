@@ -206,12 +206,12 @@ def run_all(cells: list[Cell], run: Callable[[list[Path]], Outcomes]) -> list[st
                     raise KeyboardInterrupt
                 if status != 0:
                     failed.append(_told(cell, status))
-    return failed + [f"{cell.name}: {_start_name(cell)} failed" for cell in waiting.values()]
+    return failed + [_not_run(cell) for cell in waiting.values()]
 
 
-def _start_name(cell: Cell) -> str:
+def _not_run(cell: Cell) -> str:
     assert cell.start is not None  # or the cell would have run
-    return f"not run, since {cell.start.name},"
+    return f"{cell.name}: not run, since {cell.start.name}, failed"
 
 
 def _told(cell: Cell, status: int) -> str:

@@ -72,15 +72,13 @@ def run(folder: Path) -> int:
 
 def _curves(objective: Objective, logs: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
     """Return loss by step, or rewards: the loss of a policy's gradient tells nothing."""
-    losses, rewards = (
-        [[entry["step"], entry[name]] for entry in logs if name in entry]
-        for name in ("loss", "reward")
-    )
-    return (
-        {"loss_curve": losses}
-        if objective == "sft"
-        else {"loss_curve": [], "reward_curve": rewards}
-    )
+
+    def curve(name: str) -> list[list[float]]:
+        return [[entry["step"], entry[name]] for entry in logs if name in entry]
+
+    if objective == "sft":
+        return {"loss_curve": curve("loss")}
+    return {"loss_curve": [], "reward_curve": curve("reward")}
 
 
 _MEANS = ("layer_loss", "layer_accuracy", "gate", "entropy", "rescued")

@@ -66,6 +66,14 @@ class Anatomy:
         """Return the places of the last `count` layers."""
         return range(self.layer_count - count, self.layer_count)
 
+    def output_bias(self, host: nn.Module) -> Tensor | None:
+        """Return what the model adds to the head's output, (v,), or None."""
+        if self.output_bias_path is None:
+            return None
+        owner, _, name = self.output_bias_path.rpartition(".")
+        bias: Tensor = getattr(host.get_submodule(owner), name)
+        return bias.flatten()
+
     @property
     def layer_paths(self) -> tuple[str, ...]:
         """Module paths of the late layers, the last layer last."""

@@ -174,10 +174,9 @@ class LanguageTask:
         head: Any = host.get_output_embeddings()
         targets = supervision.targets.to(normed.device).flatten()
         transform = anatomy.logit_transform.at(self.runtime.temperature)
-        if anatomy.output_bias_path is not None:
-            bias: Any = host.get_submodule(anatomy.output_bias_path.rpartition(".")[0])
-            bias = getattr(bias, anatomy.output_bias_path.rpartition(".")[2])
-            transform = replace(transform, bias=bias.detach().flatten())
+        bias = anatomy.output_bias(host)
+        if bias is not None:
+            transform = replace(transform, bias=bias.detach())
         return training_objective(
             forward.mixture,
             normed,
