@@ -22,7 +22,7 @@ from rich.table import Table
 
 from comparison_runs import finished, scored_rows, tuned
 from depthmix.analysis.layers import encode
-from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.observations import Observations, ObservedRow
 from depthmix.analysis.observe import observe
 from depthmix.analysis.predictors import gain_over_last
 from depthmix.analysis.routing import Difference, differences, groupings
@@ -73,8 +73,8 @@ def looked_at(cell: Cell) -> Run:
     }
 
 
-def _row(ids: list[int], prompt: int) -> TokenRow:
-    return TokenRow(ids, [place >= prompt for place in range(len(ids))])
+def _row(ids: list[int], prompt: int) -> ObservedRow:
+    return ObservedRow(ids, [place >= prompt for place in range(len(ids))])
 
 
 def _learned(seen: Observations) -> Observations:
@@ -84,7 +84,7 @@ def _learned(seen: Observations) -> Observations:
 def common(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return for each group and layer of one task what its seeds found.
 
-    `agree`: it is more than chance in all of them, with one sign.
+    `agree`: it is there and more than chance in all of them, with one sign.
     """
     by_seed = [{_key(line): line for line in run["differences"]} for run in runs]
     found = []
@@ -100,7 +100,9 @@ def common(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "weights": [line.weight for line in lines],
                 "differences": [line.difference for line in lines],
                 "real": sum(line.is_real for line in lines),
-                "agree": all(line.is_real for line in lines) and len(signs) == 1,
+                "agree": all(line.is_real for line in lines)
+                and len(lines) == len(runs)
+                and len(signs) == 1,
             }
         )
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from command_fixtures import build_tokenizer
-from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.observations import Observations, ObservedRow
 from depthmix.analysis.routing import differences, groupings
 from depthmix.analysis.token_classes import Pieces
 from depthmix.analysis.training_log import TrainingLog
@@ -37,7 +37,7 @@ def make_report():
     text = "What is 3 + 4? The answer is 7. " * 8
     ids = (tokenizer(text)["input_ids"] * _ROW)[:_ROW]
     rows = [
-        TokenRow(ids, [t > 30 for t in range(_ROW)], "sums" if r % 3 else "legs", r >= ROWS - 2)
+        ObservedRow(ids, [t > 30 for t in range(_ROW)], "sums" if r % 3 else "legs", r >= ROWS - 2)
         for r in range(ROWS)
     ]
     n = ROWS * (_ROW - 1)

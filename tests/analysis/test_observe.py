@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import reference
-from depthmix.analysis.observations import TokenRow
+from depthmix.analysis.observations import ObservedRow
 from depthmix.analysis.observe import observe
 from depthmix.errors import ConfigError
 from models import ANATOMIES, LAYERS, attached, tiny_model, token_ids
@@ -17,7 +17,7 @@ LENGTHS = (9, 4, 7)
 def make_rows(in_full=False):
     ids = token_ids(3, 9).tolist()
     return [
-        TokenRow(ids[i][:n], [t > 2 for t in range(n)], in_full=in_full)
+        ObservedRow(ids[i][:n], [t > 2 for t in range(n)], in_full=in_full)
         for i, n in enumerate(LENGTHS)
     ]
 
@@ -112,4 +112,4 @@ def test_a_masked_model_is_refused_with_what_to_do_instead():
 
 def test_no_rows_are_refused():
     with pytest.raises(ConfigError, match="no rows"):
-        observe(attached(tiny_model("llama"), k=2), [TokenRow([5], [True])])
+        observe(attached(tiny_model("llama"), k=2), [ObservedRow([5], [True])])

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import depthmix
 from command_fixtures import build_tokenizer
-from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.observations import Observations, ObservedRow
 from depthmix.analysis.parts_of_speech import load_tagger, parts_of_speech
 from depthmix.analysis.routing import Grouping, differences, grouped_by, groupings
 from depthmix.analysis.token_classes import Pieces, kind_of
@@ -30,7 +30,7 @@ def make_rows(count=12, sources=("a", "b")):
     for n in range(count):
         ids = encoded(f"What is {n % 10} + 4? The answer is {n % 7}.")
         learned = [t > 8 for t in range(len(ids))]
-        rows.append(TokenRow(ids, learned, sources[n % len(sources)]))
+        rows.append(ObservedRow(ids, learned, sources[n % len(sources)]))
     return rows
 
 

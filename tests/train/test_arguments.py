@@ -8,7 +8,7 @@ import yaml
 from depthmix.commands.train_help import CURATED
 from depthmix.errors import ConfigError
 from depthmix.train.arguments import all_options, parse
-from depthmix.train.given import read_flags, read_yaml
+from depthmix.train.given import read_flags, read_nested, read_yaml
 from depthmix.train.options import Option
 from depthmix.train.run_options import RunOptions
 from depthmix.train.typed import convert
@@ -190,6 +190,25 @@ def test_missing_options_and_files(tmp_path):
 
 def test_an_empty_file_gives_nothing(tmp_path):
     assert read_yaml(write(tmp_path, "# nothing\n")) == {}
+
+
+def test_merge_keys_bring_what_is_not_given(tmp_path):
+    path = write(
+        tmp_path,
+        "first: &a {k: 2, lora_r: 4}\n"
+        "second: &b {k: 3, max_steps: 5}\n"
+        "both: {<<: [*a, *b], lora_r: 8}\n",
+    )
+    read = read_nested(path, {"first": 1, "second": 1, "both": 1})["both"]
+    texts = {name: given.text for name, given in read.items()}
+    assert texts == {"k": "2", "max_steps": "5", "lora_r": "8"}
+    assert read["max_steps"].place == f"{path}:2: both.max_steps"
+
+
+def test_a_mapping_that_merges_itself_is_refused(tmp_path):
+    path = write(tmp_path, "a: &a\n  k: 3\n  <<: *a\n")
+    with pytest.raises(ConfigError, match=r":3: what is merged here holds itself"):
+        read_nested(path, {"a": 1})
 
 
 @pytest.mark.parametrize(

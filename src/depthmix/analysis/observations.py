@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
-class TokenRow:
+class ObservedRow:
     """A row to look at.
 
     Attributes:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthmix.analysis.layers import head_logits
-from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.observations import Observations, ObservedRow
 from depthmix.config import MoDEConfig
 from depthmix.data.batches import batches
 from depthmix.errors import ConfigError
@@ -37,7 +37,7 @@ _LENS_LAYERS = 3  # the late layers of a model without MoDE
 @torch.no_grad()
 def observe(
     model: nn.Module,
-    rows: Sequence[TokenRow],
+    rows: Sequence[ObservedRow],
     all_layers: bool = False,
     batch_tokens: int = _BATCH_TOKENS,
 ) -> Observations:
@@ -71,7 +71,7 @@ def observe(
 
 
 def _observe_batch(
-    model: nn.Module, lens: _Lens, rows: Sequence[TokenRow], places: Sequence[int]
+    model: nn.Module, lens: _Lens, rows: Sequence[ObservedRow], places: Sequence[int]
 ) -> dict[str, np.ndarray]:
     width = max(len(rows[i].ids) for i in places)
     ids = torch.zeros(len(places), width, dtype=torch.long)

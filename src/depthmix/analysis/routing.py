@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.observations import Observations, ObservedRow
 from depthmix.analysis.parts_of_speech import parts_of_speech
 from depthmix.analysis.permutation import (
     PERMUTATIONS,
@@ -91,7 +91,7 @@ class Difference:
 
 def groupings(
     seen: Observations,
-    rows: Sequence[TokenRow],
+    rows: Sequence[ObservedRow],
     tokenizer: PreTrainedTokenizerBase,
     tagger: Any = None,
 ) -> list[Grouping]:
@@ -130,7 +130,7 @@ def groupings(
 
 
 def _by_part_of_speech(
-    seen: Observations, rows: Sequence[TokenRow], pieces: Pieces, tagger: Any
+    seen: Observations, rows: Sequence[ObservedRow], pieces: Pieces, tagger: Any
 ) -> list[Grouping]:
     tags = {
         place: parts_of_speech([pieces[token] for token in rows[place].ids], tagger)

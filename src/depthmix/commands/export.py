@@ -143,7 +143,7 @@ def _distil(
 
     rows, row_format = loaded
     train, test = held_out(rows, _HELD_OUT, seed=0)
-    how = (tokenizer, arguments.batch_size, arguments.max_length, teacher.device)
+    how = (arguments.batch_size, arguments.max_length, teacher.device)
     tests = list(batches_of(tokenised(test, row_format, tokenizer), *how))
     once = list(batches_of(tokenised(train, row_format, tokenizer), *how))
     repeated = once * math.ceil(arguments.steps / len(once))

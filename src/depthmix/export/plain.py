@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from depthmix.data.batches import cut, padded, targets
+from depthmix.data.tokens import IGNORED
 from depthmix.errors import TrainingError
 from depthmix.export.folder import merged
 from depthmix.files import whole_folder
@@ -103,26 +105,16 @@ def write_plain(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(staging)
 
 
-def batches_of(
-    rows: Any, tokenizer: Any, size: int, longest: int, device: torch.device
-) -> Iterator[Batch]:
+def batches_of(rows: Any, size: int, longest: int, device: torch.device) -> Iterator[Batch]:
     """Pad tokenised rows, cut to `longest` tokens, into batches."""
-    from transformers import DataCollatorForSeq2Seq
-
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    collate = DataCollatorForSeq2Seq(tokenizer)
     for start in range(0, len(rows), size):
-        chosen = [
-            {name: values[:longest] for name, values in row.items()}
-            for row in rows.select(range(start, min(start + size, len(rows))))
-        ]
-        yield {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+        chosen = rows.select(range(start, min(start + size, len(rows))))
+        yield padded([cut(row, longest) for row in chosen], device)
 
 
 def _predicted(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
     """Return the logits of the supervised tokens, and these."""
-    labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    supervised = labels != -100
+    labels = targets(batch["labels"])
+    supervised = labels != IGNORED
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits[supervised].float(), labels[supervised]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.analysis.observations import TokenRow
+from depthmix.analysis.observations import ObservedRow
 from depthmix.carry.run_record import CONFIG_NAME
 from depthmix.carry.saved_run import SavedRun
 from depthmix.data.gym import is_gym
@@ -30,7 +30,7 @@ class Held:
         notes: what became of them that is not plain to see.
     """
 
-    rows: list[TokenRow]
+    rows: list[ObservedRow]
     notes: list[str]
 
 
@@ -84,9 +84,9 @@ def rows_of(
 def generated(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenRow],
+    rows: Sequence[ObservedRow],
     max_new_tokens: int,
-) -> list[TokenRow]:
+) -> list[ObservedRow]:
     """Return the prompts of rows with what the model writes after them, greedily."""
     import torch
 
@@ -108,11 +108,11 @@ def generated(
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )[0].tolist()
         learned = [place >= len(prompt) for place in range(len(output))]
-        written.append(TokenRow(output, learned, row.source, generated=True, in_full=True))
+        written.append(ObservedRow(output, learned, row.source, generated=True, in_full=True))
     return written
 
 
-def in_full(rows: Sequence[TokenRow]) -> list[TokenRow]:
+def in_full(rows: Sequence[ObservedRow]) -> list[ObservedRow]:
     """Return rows of which every token is to be looked at."""
     return [replace(row, in_full=True) for row in rows]
 
@@ -159,9 +159,9 @@ def _loaded(
     return tokenised(rows, name, tokenizer, run.record.options.get("supervise") or "assistant")
 
 
-def _row(row: dict[str, list[int]], source: str, limit: int) -> TokenRow:
+def _row(row: dict[str, list[int]], source: str, limit: int) -> ObservedRow:
     learned = [label >= 0 for label in row["labels"][:limit]]
-    return TokenRow(row["input_ids"][:limit], learned, source)
+    return ObservedRow(row["input_ids"][:limit], learned, source)
 
 
 def _names(sources: Sequence[str]) -> list[str]:

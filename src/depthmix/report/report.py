@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from depthmix.analysis.observations import Observations, TokenRow
+from depthmix.analysis.observations import Observations, ObservedRow
 from depthmix.analysis.observe import observe
 from depthmix.analysis.parts_of_speech import load_tagger
 from depthmix.analysis.predictors import (
@@ -83,7 +83,7 @@ class Report:
     name: str
     record: dict[str, Any]
     log: TrainingLog | None
-    rows: list[TokenRow]
+    rows: list[ObservedRow]
     seen: Observations
     shown: Observations
     pieces: Pieces
@@ -162,12 +162,12 @@ def make_report(
     )
 
 
-def _shown(rows: Sequence[TokenRow], most: int) -> list[TokenRow]:
+def _shown(rows: Sequence[ObservedRow], most: int) -> list[ObservedRow]:
     """Return the rows that are shown: the first of each data set in turn, as long as they fit."""
-    by_source: dict[str, list[TokenRow]] = {}
+    by_source: dict[str, list[ObservedRow]] = {}
     for row in rows:
         by_source.setdefault(row.source, []).append(row)
-    shown: list[TokenRow] = []
+    shown: list[ObservedRow] = []
     tokens = 0
     for row in _in_turn(list(by_source.values()))[:most]:
         tokens += len(row.ids)
@@ -177,7 +177,7 @@ def _shown(rows: Sequence[TokenRow], most: int) -> list[TokenRow]:
     return shown
 
 
-def _in_turn(lists: Sequence[list[TokenRow]]) -> list[TokenRow]:
+def _in_turn(lists: Sequence[list[ObservedRow]]) -> list[ObservedRow]:
     longest = max(map(len, lists))
     return [rows[i] for i in range(longest) for rows in lists if i < len(rows)]
 

@@ -83,11 +83,26 @@ def _entries(path: str, node: yaml.Node | None, within: str = "") -> dict[str, _
         place = f"{path}:{node.start_mark.line + 1}: {within[:-1]}" if within else path
         raise ConfigError(f"{place}: must hold `key: value` lines")
     found: dict[str, _Entry] = {}
+    merged: dict[str, _Entry] = {}
     for key, value in node.value:
         name, line = str(key.value), key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            merged |= _merged(path, line, value, within)
+            continue
         if name in found:
             raise ConfigError(f"{path}:{line}: {within}{name} is given twice")
         found[name] = _Entry(f"{within}{name}", line, value)
+    return merged | found
+
+
+def _merged(path: str, line: int, node: yaml.Node, within: str) -> dict[str, _Entry]:
+    """Return what `<<: *anchor` brings; of several mappings the first counts, as YAML has it."""
+    found: dict[str, _Entry] = {}
+    try:
+        for part in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
+            found |= _entries(path, part, within)
+    except RecursionError as error:
+        raise ConfigError(f"{path}:{line}: what is merged here holds itself") from error
     return found
 
 
