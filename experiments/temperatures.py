@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from comparison_runs import finished, scored_rows, tuned
 from depthmix.analysis.layers import encode, score_rows, token_row
@@ -33,11 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fit a temperature to every run.")
     parser.add_argument("experiment", type=Path, help="as of depthmix compare, whose runs are done")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--methods", nargs="+", help="whose runs (default: all)")
     options = parser.parse_args()
     ignore_renamed_properties()
     experiment = read_experiment(options.experiment)
     validation = {n: load_rows(n, task).validation for n, task in experiment.tasks.items()}
-    found = [calibrated(cell, validation[cell.task]) for cell in finished(options.experiment)]
+    found = [
+        calibrated(cell, validation[cell.task])
+        for cell in tqdm(finished(options.experiment), unit="run")
+        if cell.method in (options.methods or experiment.methods)
+    ]
     write_text(options.output, json.dumps(found, indent=1))
     show(found)
 
