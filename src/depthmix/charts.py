@@ -5,7 +5,8 @@ The colours are those of Okabe and Ito, which colour-blind people tell apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,39 @@ from depthmix.errors import ConfigError
 
 if TYPE_CHECKING:
     import altair as alt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A900")
 HEIGHT = 220
+_LEGEND_COLUMNS = 4
+_MARKERS, _LINES = "osD^vPX*", ("-", "--", ":", "-.")
 
 
 def require_charts(what: str) -> None:
     """Raise `ConfigError` unless charts can be made."""
     if find_spec("altair") is None or find_spec("vl_convert") is None:
         raise ConfigError(f"{what} needs altair: pip install 'depthmix[report]'")
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return for each name how matplotlib draws it: up to 28 lines and 56 points, no two alike."""
+    return {
+        name: {
+            "color": PALETTE[i % len(PALETTE)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "linestyle": _LINES[i // len(PALETTE) % len(_LINES)],
+        }
+        for i, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Put the legend of one of a figure's charts below all of them, and make room for it."""
+    handles, labels = axes.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.25 * math.ceil(len(labels) / _LEGEND_COLUMNS) + 0.2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_LEGEND_COLUMNS)
 
 
 def colour(field: str, names: Sequence[str], channel: Any = None) -> Any:

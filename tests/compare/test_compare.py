@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
+from depthmix.charts import looks
 from depthmix.cli import main
 from depthmix.compare.bootstrap import differences, paired_interval
 from depthmix.compare.engine import prepare
 from depthmix.compare.experiment import Task, read_experiment
-from depthmix.compare.report import markdown, plot
+from depthmix.compare.report import _plot_curves, markdown, plot
 from depthmix.compare.rows import load_rows
 from depthmix.compare.spread import devices, run_here
 from depthmix.errors import ConfigError
@@ -318,6 +320,18 @@ def test_results_from_before_calibration_are_still_reported(tmp_path):
     assert "| 1.0000 |" in markdown(results, "p.png")
     plot(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").exists()
+
+
+def test_rewards_are_drawn_where_there_are_any(tmp_path):
+    run = {"task": "t", "seed": 1, "loss": 1.0, "accuracy": 0.5, "trainable_parameters": 3}
+    runs = [
+        {**run, "method": "sft", "loss_curve": [[1, 2.0]]},
+        {**run, "method": "grpo", "loss_curve": [], "reward_curve": [[1, 0.2], [2, 0.4]]},
+    ]
+    axes = Figure().subplots()
+    _plot_curves(axes, runs, looks(["sft", "grpo"]))
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[], [0.2, 0.4]]
+    assert axes.get_title() == "reward in training"
 
 
 @pytest.mark.optional

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from depthmix.charts import looks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -75,7 +77,9 @@ class Reliability:
         return cls(**{name: np.array(sums) for name, sums in values.items()})
 
 
-def draw_reliability(axes: Axes, found: Mapping[str, Reliability]) -> None:
+def draw_reliability(
+    axes: Axes, found: Mapping[str, Reliability], drawn_as: Mapping[str, dict[str, str]]
+) -> None:
     """Draw reliability diagrams: accuracy of a bin against its confidence, the ideal dashed.
 
     The area of a point goes with the predictions in its bin.
@@ -85,11 +89,11 @@ def draw_reliability(axes: Axes, found: Mapping[str, Reliability]) -> None:
         there = sums.counts > 0
         counts = sums.counts[there]
         confidence, accuracy = sums.confidence[there] / counts, sums.right[there] / counts
-        (line,) = axes.plot(confidence, accuracy, linewidth=1, label=f"{name}: {sums.error:.3f}")
-        axes.scatter(confidence, accuracy, 120 * counts / counts.max(), color=line.get_color())
+        look = drawn_as[name]
+        line = {part: look[part] for part in ("color", "linestyle")}
+        axes.plot(confidence, accuracy, linewidth=1, label=f"{name}: {sums.error:.3f}", **line)
+        axes.scatter(confidence, accuracy, 120 * counts / counts.max(), color=look["color"])
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    if found:
-        axes.legend(title="calibration error", fontsize=7, title_fontsize=7)
 
 
 def reliability_figure(found: Mapping[str, Reliability], title: str) -> Any:
@@ -98,6 +102,7 @@ def reliability_figure(found: Mapping[str, Reliability], title: str) -> Any:
 
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     axes = figure.subplots()
-    draw_reliability(axes, found)
+    draw_reliability(axes, found, looks(found))
     axes.set_title(title, fontsize=9)
+    axes.legend(title="calibration error", fontsize=7, title_fontsize=7)
     return figure

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depthmix.charts import legend_below, looks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -66,31 +68,33 @@ def plot_over_time(
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
-    figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks) + 0.5), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
     baseline = results["experiment"]["baseline"]
+    drawn_as = looks(run["method"] for run in results["runs"])
     for row, task in zip(grid, tasks, strict=True):
         runs = [run for run in results["runs"] if run["task"] == task and run["seconds"] > 0]
         for axes, metric in zip(row, metrics, strict=True):
-            _plot(axes, runs, metric, baseline)
+            _plot(axes, runs, metric, baseline, drawn_as)
             axes.set(title=task, xlabel=f"training, {unit}", ylabel=_METRICS[metric])
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    legend_below(figure, grid[0][0])
     figure.savefig(path, dpi=110)
 
 
-def _plot(axes: Axes, runs: list[Run], metric: str, baseline: str) -> None:
-    for index, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+def _plot(
+    axes: Axes,
+    runs: list[Run],
+    metric: str,
+    baseline: str,
+    drawn_as: dict[str, dict[str, str]],
+) -> None:
+    for method in dict.fromkeys(run["method"] for run in runs):
         points = points_over_time([run for run in runs if run["method"] == method], metric)
         seconds, means, lows, highs = zip(*points, strict=True)
-        line, *_ = axes.plot(
-            seconds, means, marker=_MARKERS[index % len(_MARKERS)], markersize=5, label=method
-        )
-        axes.fill_between(seconds, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
+        colour = drawn_as[method]["color"]
+        axes.plot(seconds, means, markersize=5, label=method, **drawn_as[method])
+        axes.fill_between(seconds, lows, highs, color=colour, alpha=0.12, linewidth=0)
         if method == baseline and metric == "accuracy":
-            axes.axhline(0.95 * max(means), color=line.get_color(), linestyle=":", linewidth=1)
+            axes.axhline(0.95 * max(means), color=colour, linestyle=":", linewidth=1)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-
-
-_MARKERS = "osD^vPX*"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.calibration.reliability import Reliability, draw_reliability
+from depthmix.charts import legend_below, looks
 from depthmix.tables import print_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Run = dict[str, Any]
+Looks = dict[str, dict[str, str]]  # by method
 
 HEADER = (
     "method",
@@ -141,53 +143,71 @@ def spread(values: list[float], form: str) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw, a task a row: loss curves in training; held-out loss and accuracy by parameters."""
+    """Draw, a task a row: training; held-out loss and accuracy by parameters; reliability."""
     from matplotlib.figure import Figure
 
     tasks = list(_tasks(results["runs"]))
-    figure = Figure(figsize=(17, 3.6 * len(tasks) + 0.5), layout="constrained")
+    drawn_as = looks(run["method"] for run in results["runs"])
+    figure = Figure(figsize=(17, 3.6 * len(tasks)), layout="constrained")
     rows = figure.subplots(len(tasks), 4, squeeze=False)
     for (curves, losses, accuracies, reliability), task in zip(rows, tasks, strict=True):
         runs = [run for run in results["runs"] if run["task"] == task]
-        _plot_curves(curves, runs)
-        _plot_sizes(losses, runs, "loss")
-        _plot_sizes(accuracies, runs, "accuracy")
-        _plot_reliability(reliability, runs)
-        curves.set(title=f"{task}: training loss, distillation included", ylabel="nats a token")
+        _plot_curves(curves, runs, drawn_as)
+        _plot_sizes(losses, runs, "loss", drawn_as)
+        _plot_sizes(accuracies, runs, "accuracy", drawn_as)
+        _plot_reliability(reliability, runs, drawn_as)
+        curves.set_title(f"{task}: {curves.get_title()}")
         losses.set(title=f"{task}: held-out loss", ylabel="nats a token")
         accuracies.set(title=f"{task}: accuracy", ylabel="share of rows")
-    handles, labels = rows[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    legend_below(figure, rows[0][1])
     figure.savefig(path, dpi=110)
 
 
-def _plot_curves(axes: Axes, runs: list[Run]) -> None:
+def _plot_curves(axes: Axes, runs: list[Run], drawn_as: Looks) -> None:
+    """Draw the rewards of a comparison that has any, else the losses."""
+    of_rewards = any(run.get("reward_curve") for run in runs)
+    name = "reward_curve" if of_rewards else "loss_curve"
     for method, own in _by_method(runs):
-        curves = [run["loss_curve"] for run in own]
+        curves = [run.get(name, []) for run in own]
         steps = [step for step, _ in curves[0]]
         means = [statistics.mean(curve[i][1] for curve in curves) for i in range(len(steps))]
-        axes.plot(steps, means, label=method)
-    axes.set(xlabel="step", yscale="log")
+        axes.plot(steps, means, **{**drawn_as[method], "marker": ""})
+    axes.set_xlabel("step")
+    if of_rewards:
+        axes.set(title="reward in training", ylabel="mean reward")
+    else:
+        axes.set(title="training loss, distillation included", ylabel="nats a token", yscale="log")
 
 
-def _plot_sizes(axes: Axes, runs: list[Run], metric: str) -> None:
+def _plot_sizes(axes: Axes, runs: list[Run], metric: str, drawn_as: Looks) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     for method, own in _by_method(runs):
         values = [run[metric] for run in own]
         error = statistics.stdev(values) if len(values) > 1 else 0.0
         size = own[0]["trainable_parameters"]
         axes.errorbar(
-            size, statistics.mean(values), yerr=error, fmt="o", capsize=3, alpha=0.7, label=method
+            size,
+            statistics.mean(values),
+            yerr=error,
+            capsize=3,
+            alpha=0.7,
+            label=method,
+            **{**drawn_as[method], "linestyle": ""},
         )
     axes.set(xlabel="trained parameters", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _plot_reliability(axes: Axes, runs: list[Run]) -> None:
+def _plot_reliability(axes: Axes, runs: list[Run], drawn_as: Looks) -> None:
     found = {}
     for method, own in _by_method(runs):
         sums = [Reliability.from_dict(run["reliability"]) for run in own if "reliability" in run]
         if sums:
             found[method] = sum(sums[1:], sums[0])
-    draw_reliability(axes, found)
+    draw_reliability(axes, found, drawn_as)
     axes.set(title="reliability of the likeliest tokens")
 
 
