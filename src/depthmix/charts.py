@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Looks = dict[str, dict[str, Any]]  # of names; keywords of matplotlib
+
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A900")
 HEIGHT = 220
 _LEGEND_COLUMNS = 4
@@ -29,7 +31,7 @@ def require_charts(what: str) -> None:
         raise ConfigError(f"{what} needs altair: pip install 'depthmix[report]'")
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def looks(names: Iterable[str]) -> Looks:
     """Return for each name how matplotlib draws it: up to 28 lines and 56 points, no two alike."""
     return {
         name: {

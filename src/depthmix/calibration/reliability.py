@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from depthmix.charts import looks
+from depthmix.charts import Looks, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,9 +77,7 @@ class Reliability:
         return cls(**{name: np.array(sums) for name, sums in values.items()})
 
 
-def draw_reliability(
-    axes: Axes, found: Mapping[str, Reliability], drawn_as: Mapping[str, dict[str, str]]
-) -> None:
+def draw_reliability(axes: Axes, found: Mapping[str, Reliability], drawn_as: Looks) -> None:
     """Draw reliability diagrams: accuracy of a bin against its confidence, the ideal dashed.
 
     The area of a point goes with the predictions in its bin.

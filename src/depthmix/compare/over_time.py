@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthmix.charts import legend_below, looks
+from depthmix.charts import Looks, legend_below, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,13 +81,7 @@ def plot_over_time(
     figure.savefig(path, dpi=110)
 
 
-def _plot(
-    axes: Axes,
-    runs: list[Run],
-    metric: str,
-    baseline: str,
-    drawn_as: dict[str, dict[str, str]],
-) -> None:
+def _plot(axes: Axes, runs: list[Run], metric: str, baseline: str, drawn_as: Looks) -> None:
     for method in dict.fromkeys(run["method"] for run in runs):
         points = points_over_time([run for run in runs if run["method"] == method], metric)
         seconds, means, lows, highs = zip(*points, strict=True)

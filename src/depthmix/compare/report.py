@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmix.calibration.reliability import Reliability, draw_reliability
-from depthmix.charts import legend_below, looks
+from depthmix.charts import Looks, legend_below, looks
 from depthmix.tables import print_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Run = dict[str, Any]
-Looks = dict[str, dict[str, str]]  # by method
-
 HEADER = (
     "method",
     "held-out loss",
