@@ -1,5 +1,6 @@
 """What charts of many methods share."""
 
+import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -28,6 +29,18 @@ def test_a_method_has_one_colour_in_all_charts():
     _, line = reliability.lines  # the ideal first
     assert line.get_label() == f"new: {Reliability.from_dict(SUMS).error:.3f}"
     assert to_hex(line.get_color()) == to_hex(sizes.lines[-1].get_color()) == "#e69f00"
+
+
+@pytest.mark.parametrize(("sizes", "places"), [((100, 300), [100, 300]), ((100, 103), [0, 1])])
+def test_methods_of_one_size_stand_side_by_side(sizes, places):
+    axes = Figure().subplots()
+    runs = [
+        {"method": name, "loss": 1.0, "trainable_parameters": size}
+        for name, size in zip("ab", sizes, strict=True)
+    ]
+    _plot_sizes(axes, runs, "loss", looks("ab"))
+    found = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "os"]
+    assert found == places
 
 
 def test_a_legend_makes_room_for_itself():

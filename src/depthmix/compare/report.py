@@ -178,21 +178,29 @@ def _plot_curves(axes: Axes, runs: list[Run], drawn_as: Looks) -> None:
 
 
 def _plot_sizes(axes: Axes, runs: list[Run], metric: str, drawn_as: Looks) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    for method, own in _by_method(runs):
+    """Draw by trained parameters or, where these are about the same, side by side."""
+    sizes = {method: own[0]["trainable_parameters"] for method, own in _by_method(runs)}
+    alike = max(sizes.values()) < 1.2 * min(sizes.values())
+    for place, (method, own) in enumerate(_by_method(runs)):
         values = [run[metric] for run in own]
-        error = statistics.stdev(values) if len(values) > 1 else 0.0
-        size = own[0]["trainable_parameters"]
         axes.errorbar(
-            size,
+            place if alike else sizes[method],
             statistics.mean(values),
-            yerr=error,
+            yerr=statistics.stdev(values) if len(values) > 1 else 0.0,
             capsize=3,
             alpha=0.7,
             label=method,
             **{**drawn_as[method], "linestyle": ""},
         )
+    if alike:
+        axes.set(xlabel="methods", xticks=[])
+    else:
+        _scale_by_size(axes)
+
+
+def _scale_by_size(axes: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     axes.set(xlabel="trained parameters", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
