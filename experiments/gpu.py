@@ -12,7 +12,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +25,11 @@ from gpu_correctness import correctness
 from gpu_evidence import evidence
 from gpu_losses import loss_alone
 from gpu_objectives import objectives
+from gpu_options import Options
 from gpu_steps import decoding, steps
 
 Row = dict[str, Any]
 console = Console()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What all parts are told.
-
-    Attributes:
-        model: folder of a causal model.
-        data: files or sources of prompt and completion, as for `depthmix train --dataset`.
-        output: the JSON file.
-        minutes: for everything.
-        seeds: of the comparisons.
-        workers: runs of a comparison at a time, on the one GPU.
-        small: sizes for a CPU.
-    """
-
-    model: str
-    data: list[str]
-    output: Path
-    minutes: float
-    seeds: int
-    workers: int
-    small: bool
-
 
 OBJECTIVES = 0.3  # of all minutes, for the last part
 

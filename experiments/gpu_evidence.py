@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from depthmix.compare.over_time import points_over_time, seconds_to
-
-if TYPE_CHECKING:
-    from gpu import Options
+from gpu_options import Options
 
 Row = dict[str, Any]
 
-# Of points 6 a) and c): the budgets, and MoDE on each.
+# The budgets, and MoDE on each.
 BUDGETS: dict[str, Row] = {
     "lora": {"mode": False, "budget": "full", "learning_rate": 1e-3},
     "lora+mode": {"budget": "full", "learning_rate": 1e-3},
@@ -30,7 +28,7 @@ BUDGETS: dict[str, Row] = {
     "light": {"mode": False, "budget": "light", "learning_rate": 8e-3},
     "light+mode": {"budget": "light", "learning_rate": 8e-3, "adaptation": "norm"},
 }
-# Of point 6 b): how deep, and of what rank; the rate that rank 1 wants is higher.
+# How deep, and of what rank; the rate that rank 1 wants is higher.
 SHARES, RATES = (0.1, 0.25, 0.5, 0.75), {1: 8e-3, 4: 4e-3, 16: 2e-3}
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from gpu_evidence import compared, error_of_mean
-
-if TYPE_CHECKING:
-    from gpu import Options
+from gpu_options import Options
 
 Row = dict[str, Any]
 FILES = ("divergences.yaml", "grpo.yaml")
