@@ -16,7 +16,7 @@ ROWS, LONGEST, K = 2, 24, 3
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    options = ["--rows", ROWS, "--longest", LONGEST, "--k", K, "--repeats", 1]
+    options = ["--rows", ROWS, "--longest", LONGEST, "--k", K, "--repeats", 1, "--steps", 3]
     arguments = ["bench", "--model", tiny, "--parts", "step", "decode", "cache", *map(str, options)]
     files = ["--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
     assert main([*arguments, *files]) == 0

@@ -331,6 +331,7 @@ INTEGERS = {
     },
     "bench": {
         **{"--k": "count", "--rows": "count", "--longest": "count", "--repeats": "count"},
+        "--steps": "count",
         "--parts": "choice",
     },
     "compare": {"--workers": "count", "--gpus": "not negative"},

@@ -92,6 +92,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--repeats", type=integer(1), default=5, help="medians of so many (default: 5)"
     )
+    parser.add_argument(
+        "--steps", type=integer(2), default=2, help="of an epoch of part cache (default: 2)"
+    )
     parser.add_argument("--full", action="store_true", help="larger shapes in part growth")
     parser.add_argument("--json", type=output_file, help="write all figures to this file")
     parser.add_argument(
@@ -183,7 +186,7 @@ def _cache(arguments: argparse.Namespace) -> Measured:
     from depthmix.bench.epoch import LORA_EPOCH, measure_epochs
     from depthmix.bench.ratios import epoch_ratios
 
-    rows = 2 * arguments.rows
+    rows = arguments.steps * arguments.rows
     figures = measure_epochs(_setting(arguments, rows), arguments.rows, 1 + arguments.repeats)
     title = f"an epoch of {rows} rows, from cached depth, against LoRA's"
     return title, figures, LORA_EPOCH, epoch_ratios(figures)
