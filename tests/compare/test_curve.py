@@ -52,7 +52,8 @@ def test_a_point_an_epoch_and_the_last_one_is_the_result(tiny, pairs, tmp_path):
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
     curve = metrics["curve"]
     assert [point["epoch"] for point in curve] == [1, 2, 3]
-    assert (curve[-1]["loss"], curve[-1]["accuracy"]) == (metrics["loss"], metrics["accuracy"])
+    for name in ("loss", "accuracy", "ece"):
+        assert curve[-1][name] == metrics[name]
     assert len({point["loss"] for point in curve}) == 3
     seconds = [point["seconds"] for point in curve]
     assert 0 < seconds[0] < seconds[1] < seconds[2] == metrics["seconds"]

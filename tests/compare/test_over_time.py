@@ -1,6 +1,9 @@
 """Quality against time: means over seeds, and when an accuracy is reached."""
 
+from io import BytesIO
+
 import pytest
+from matplotlib.image import imread
 
 from depthmix.compare.over_time import has_curves, plot_over_time, points_over_time, seconds_to
 
@@ -36,4 +39,9 @@ def test_a_picture(tmp_path):
     plot_over_time(results, tmp_path / "time.png")
     assert (tmp_path / "time.png").stat().st_size > 5000
     assert has_curves(results)
+    before = (tmp_path / "time.png").read_bytes()
+    for point in (point for run in RUNS for point in run["curve"]):
+        point["ece"] = 0.1
+    plot_over_time(results, tmp_path / "time.png")
+    assert imread(tmp_path / "time.png").shape[1] > imread(BytesIO(before)).shape[1]  # a chart more
     assert not has_curves({"runs": [run("lora", 1, (1, 1.0, 1.0, 0.0))]})

@@ -20,7 +20,8 @@ class Curve(TrainerCallback):
         rows: of prompt and completion.
 
     Attributes:
-        points: a mapping an epoch: `epoch`, `seconds` of training so far, `loss`, `accuracy`.
+        points: a mapping an epoch: `epoch`, `seconds` of training so far, `loss`, `accuracy`,
+            `ece`.
         seconds: of training, without the scoring.
         peak_bytes: the most memory that training had taken before anything was scored.
     """
@@ -64,6 +65,7 @@ class Curve(TrainerCallback):
                 "seconds": self.seconds,
                 "loss": scores.mean_loss,
                 "accuracy": scores.accuracy,
+                "ece": scores.reliability.error,
             }
         )
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 Run = dict[str, Any]
 Point = tuple[float, float, float, float]
 
-_METRICS = {"accuracy": "accuracy, share of rows", "loss": "held-out loss, nats a token"}
+_METRICS = {
+    "accuracy": "accuracy, share of rows",
+    "loss": "held-out loss, nats a token",
+    "ece": "calibration error",
+}
 
 
 def points_over_time(runs: Sequence[Run], metric: str) -> list[Point]:
@@ -23,7 +27,7 @@ def points_over_time(runs: Sequence[Run], metric: str) -> list[Point]:
 
     Args:
         runs: of one task and method.
-        metric: `accuracy` or `loss`.
+        metric: `accuracy`, `loss` or `ece`.
     """
     points: list[Point] = []
     for same in zip(*(run["curve"] for run in runs), strict=True):
@@ -57,16 +61,20 @@ def has_curves(results: dict[str, Any]) -> bool:
 def plot_over_time(
     results: dict[str, Any],
     path: Path,
-    metrics: Sequence[str] = tuple(_METRICS),
+    metrics: Sequence[str] | None = None,
     unit: str = "seconds",
 ) -> None:
     """Draw metrics against the time of training, a task a row; the band is the seeds' range.
+
+    Unless metrics are named, all that every run has: those of earlier versions have no `ece`.
 
     Methods that were trained for a single epoch are points. A dotted line is at 95 % of the best
     mean accuracy of the baseline.
     """
     from matplotlib.figure import Figure
 
+    points = [point for run in results["runs"] for point in run["curve"]]
+    metrics = metrics or [name for name in _METRICS if all(name in point for point in points)]
     tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
     figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
