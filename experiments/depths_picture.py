@@ -1,7 +1,9 @@
 """Draw what each depth and rank keeps of LoRA's gain against its parameters.
 
-depthmix compare experiments/depths_and_ranks.yaml --report docs/results/depths-and-ranks.md
-python experiments/depths_picture.py docs/results/depths-and-ranks.json picture.png
+    depthmix compare experiments/depths_and_ranks.yaml --report docs/results/depths-and-ranks.md
+    python experiments/depths_picture.py docs/results/depths-and-ranks.json picture.png
+
+Shares are of the gain in loss over the untuned model, the method `base` of the experiment.
 """
 
 from __future__ import annotations

@@ -39,11 +39,9 @@ def main() -> None:
     ignore_renamed_properties()
     experiment = read_experiment(options.experiment)
     validation = {n: load_rows(n, task).validation for n, task in experiment.tasks.items()}
-    found = [
-        calibrated(cell, validation[cell.task])
-        for cell in tqdm(finished(options.experiment), unit="run")
-        if cell.method in (options.methods or experiment.methods)
-    ]
+    methods = options.methods or experiment.methods
+    cells = [cell for cell in finished(options.experiment) if cell.method in methods]
+    found = [calibrated(cell, validation[cell.task]) for cell in tqdm(cells, unit="run")]
     write_text(options.output, json.dumps(found, indent=1))
     show(found)
 

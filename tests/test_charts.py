@@ -4,7 +4,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from depthmix.calibration.reliability import Reliability
+from depthmix.calibration.reliability import Reliability, reliability_figure
 from depthmix.charts import legend_below, looks
 from depthmix.compare.report import _plot_reliability, _plot_sizes
 
@@ -50,3 +50,9 @@ def test_a_legend_makes_room_for_itself():
         axes.plot([0], [0], label=name)
     legend_below(figure, axes)
     assert figure.get_size_inches().tolist() == [17, 3.6 + 6 * 0.25 + 0.2]
+
+
+def test_a_diagram_of_nothing_has_no_legend():
+    """Of tasks none of which has confidences; matplotlib would warn."""
+    (axes,) = reliability_figure({}, "answers").axes
+    assert axes.get_legend() is None

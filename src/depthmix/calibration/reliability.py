@@ -102,5 +102,6 @@ def reliability_figure(found: Mapping[str, Reliability], title: str) -> Any:
     axes = figure.subplots()
     draw_reliability(axes, found, looks(found))
     axes.set_title(title, fontsize=9)
-    axes.legend(title="calibration error", fontsize=7, title_fontsize=7)
+    if found:
+        axes.legend(title="calibration error", fontsize=7, title_fontsize=7)
     return figure

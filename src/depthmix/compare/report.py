@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Run = dict[str, Any]
+
 HEADER = (
     "method",
     "held-out loss",
