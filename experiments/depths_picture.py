@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,24 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="PNG file to write")
     options = parser.parse_args()
     results = json.loads(options.results.read_text("utf-8"))
-    runs = {run["method"]: run for run in results["runs"]}
+    picture(results["runs"], results["experiment"]["baseline"]).savefig(options.picture, dpi=110)
+
+
+def picture(runs: list[Run], baseline: str) -> Figure:
+    """Return shares of the baseline's gain, and accuracies, by depth and rank."""
     figure = Figure(figsize=(10.4, 3.6), layout="constrained")
     shares, accuracies = figure.subplots(1, 2)
-    base, full = runs["base"], runs[results["experiment"]["baseline"]]
-    gain = base["loss"] - full["loss"]
-    found = lines(list(runs.values()))
+    found = lines(runs)
+    kept = kept_of(runs, baseline)
     drawn_as = looks(found)
     for line, own in found.items():
         sizes = [run["trainable_parameters"] for run in own.values()]
-        kept = [100 * (base["loss"] - run["loss"]) / gain for run in own.values()]
-        shares.plot(sizes, kept, label=line, **drawn_as[line])
         right = [100 * run["accuracy"] for run in own.values()]
+        shares.plot(sizes, [kept(run) for run in own.values()], label=line, **drawn_as[line])
         accuracies.plot(sizes, right, label=line, **drawn_as[line])
-        if line == LABELLED:
-            for depth, *place in zip(own, sizes, kept, strict=True):
-                text = f"{depth} layers"
-                shares.annotate(text, place, (-6, 4), textcoords="offset points", ha="right")
+    for depth, run in found[LABELLED].items():
+        place = (run["trainable_parameters"], kept(run))
+        shares.annotate(f"{depth} layers", place, (-6, 4), textcoords="offset points", ha="right")
     shares.set_ylabel("share of LoRA's gain in loss, %")
     accuracies.set_ylabel("rows right, %")
     for axes in (shares, accuracies):
@@ -54,7 +56,13 @@ def main() -> None:
         axes.set_xlim(left=min(map(smallest, found.values())) / 3)  # room for the labels
         axes.grid(alpha=0.3)
     legend_below(figure, shares)
-    figure.savefig(options.picture, dpi=110)
+    return figure
+
+
+def kept_of(runs: list[Run], baseline: str) -> Callable[[Run], float]:
+    """Return what gives the share, in percent, that a run keeps of the baseline's gain in loss."""
+    loss = {run["method"]: run["loss"] for run in runs}
+    return lambda run: 100 * (loss["base"] - run["loss"]) / (loss["base"] - loss[baseline])
 
 
 def smallest(runs: dict[int, Run]) -> int:

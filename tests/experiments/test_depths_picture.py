@@ -36,6 +36,11 @@ def test_a_line_a_rank(script):
     assert script.smallest(found["rank 1"]) == 30
 
 
+def test_shares_of_the_gain(script):
+    kept = script.kept_of(RUNS, "depth 5, rank 16")
+    assert [kept(r) for r in (RUNS[0], RUNS[3], RUNS[4])] == pytest.approx([0, 80, 100])
+
+
 def test_the_picture(script, tmp_path, monkeypatch):
     results = tmp_path / "results.json"
     experiment = {"baseline": "depth 5, rank 16"}
