@@ -31,7 +31,7 @@ def steps(model: str, small: bool) -> list[Row]:
 
 
 def decoding(model: str, small: bool) -> list[Row]:
-    """Return the time of a prefill and of a token."""
+    """Return time and peak memory of a prefill, and the time of a token."""
     prompt, tokens, repeats = (8, 4, 1) if small else (1024, 64, 5)
     setting = Setting(model, [], k=2 if small else 3)
     figures = measure_decoding(setting, prompt, tokens, repeats)
@@ -39,6 +39,7 @@ def decoding(model: str, small: bool) -> list[Row]:
         {
             "model": name,
             "prefill ms": 1e3 * cost["prefill_seconds"],
+            "prefill MiB": round(cost["prefill_peak_bytes"] / 2**20),
             "token ms": 1e3 * cost["token_seconds"],
         }
         for name, cost in figures.items()

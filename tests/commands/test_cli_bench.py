@@ -48,6 +48,7 @@ def test_ratios_are_written_with_what_made_them(results):
         "peak_vs_hf_lora",
         "decode_vs_merged",
         "prefill_vs_merged",
+        "prefill_memory_vs_merged",
         *(f"{name}_cached_vs_lora" for name in ("half", "light", "late-lora+mode")),
         *(f"{name}_first_vs_uncached" for name in ("half", "light", "late-lora+mode")),
     }

@@ -8,46 +8,62 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from tqdm import tqdm
 
 import depthmix
-from depthmix.bench.measure import median_seconds
+from depthmix.bench.measure import in_fresh_process, median_seconds, peak_bytes
 from depthmix.bench.training import Setting
 from depthmix.model.runtime import runtime_of
 
-BASE, MERGED, MODE, NAIVE = "base", "merged lora", "merged lora + mode", "naive k heads"
+NAMES = BASE, MERGED, MODE, NAIVE = ("base", "merged lora", "merged lora + mode", "naive k heads")
 
 
 @torch.no_grad()
 def measure_decoding(
     setting: Setting, prompt: int, tokens: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Return median seconds of a prefill of `prompt` tokens and of one token after it."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    models = {
-        BASE: setting.load(),
-        MERGED: _merged(setting.load(), None),
-        MODE: _merged(setting.load(), setting.k),
+    """Return what a prefill of `prompt` tokens, and one token after it, cost each variant.
+
+    The figures: median `prefill_seconds`; `prefill_peak_bytes` above the model, of the first one;
+    median `token_seconds`.
+    """
+    peaks = {
+        name: in_fresh_process(_prefill_peak, name, setting, prompt)
+        for name in tqdm(NAMES, desc="memory of a prefill", unit="model")
     }
-    forwards: dict[str, Callable[..., Any]] = {
-        name: loaded.to(device).eval() for name, loaded in models.items()
-    }
-    forwards[NAIVE] = _with_naive_heads(models[MODE])
-    ids = torch.arange(prompt, device=device).unsqueeze(0) % models[BASE].config.vocab_size
-    prefill = median_seconds({n: _prefill(f, ids) for n, f in forwards.items()}, repeats)
-    decode = median_seconds({n: _decode(f, ids, tokens) for n, f in forwards.items()}, repeats)
+    calls = {name: build(name, setting, prompt) for name in NAMES}
+    prefill = median_seconds({n: _prefill(*call) for n, call in calls.items()}, repeats)
+    decode = median_seconds({n: _decode(*call, tokens) for n, call in calls.items()}, repeats)
     return {
-        name: {"prefill_seconds": prefill[name], "token_seconds": decode[name] / tokens}
-        for name in forwards
+        name: {
+            "prefill_seconds": prefill[name],
+            "prefill_peak_bytes": peaks[name],
+            "token_seconds": decode[name] / tokens,
+        }
+        for name in NAMES
     }
 
 
 def decoding_calls(setting: Setting, prompt: int, tokens: int) -> dict[str, Callable[[], Any]]:
     """Return a prefill and a decoding of so many tokens, with MoDE beside a merged LoRA."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    forward = _merged(setting.load(), setting.k).to(device).eval()
-    ids = torch.arange(prompt, device=device).unsqueeze(0) % forward.config.vocab_size
-    prefill, decode = torch.no_grad()(_prefill(forward, ids)), _decode(forward, ids, tokens)
+    call = build(MODE, setting, prompt)
+    prefill, decode = torch.no_grad()(_prefill(*call)), _decode(*call, tokens)
     return {"prefill": prefill, "decoding": torch.no_grad()(decode)}
+
+
+def build(name: str, setting: Setting, prompt: int) -> tuple[Callable[..., Any], Tensor]:
+    """Return a variant's forward, and the tokens of a prompt, on its device."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = setting.load()
+    if name != BASE:
+        model = _merged(model, None if name == MERGED else setting.k)
+    model.to(device).eval()
+    ids = torch.arange(prompt, device=device).unsqueeze(0) % model.config.vocab_size
+    return _with_naive_heads(model) if name == NAIVE else model, ids
+
+
+def _prefill_peak(name: str, setting: Setting, prompt: int) -> int:
+    return peak_bytes(torch.no_grad()(_prefill(*build(name, setting, prompt))))
 
 
 def _merged(model: Any, k: int | None) -> Any:

@@ -46,9 +46,10 @@ def epoch_ratios(epochs: Figures) -> dict[str, float]:
 
 
 def decoding_ratios(decoded: Figures) -> dict[str, float]:
-    """Return the latency of a token and of a prefill with MoDE against the merged LoRA's."""
+    """Return a token's latency, and a prefill's with its memory, against the merged LoRA's."""
     ours, merged = decoded[decoding.MODE], decoded[decoding.MERGED]
     return {
         "decode_vs_merged": ours["token_seconds"] / merged["token_seconds"],
         "prefill_vs_merged": ours["prefill_seconds"] / merged["prefill_seconds"],
+        "prefill_memory_vs_merged": ours["prefill_peak_bytes"] / merged["prefill_peak_bytes"],
     }

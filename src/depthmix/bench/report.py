@@ -25,10 +25,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "pulled_back": ("pulled\nback", str),
     "largest_logits_bytes": ("logits\nMiB", lambda value: f"{value / MIB:.1f}"),
     "prefill_seconds": ("prefill,\ns", lambda value: f"{value:.3f}"),
+    "prefill_peak_bytes": ("prefill,\nMiB", lambda value: f"{value / MIB:.0f}"),
     "token_seconds": ("a token,\nms", lambda value: f"{value * 1e3:.1f}"),
 }
 # Of these, the ratio to the first row or to the baseline says more than the figure.
-_COMPARED = ("seconds", "peak_bytes", "prefill_seconds", "token_seconds")
+_COMPARED = ("seconds", "peak_bytes", "prefill_seconds", "prefill_peak_bytes", "token_seconds")
 
 
 def print_table(title: str, figures: Figures, baseline: str) -> None:

@@ -32,7 +32,8 @@ parts:
   step    a training step of LoRA, of LoRA + MoDE and of what lies between: time, peak memory,
           states multiplied with the LM head's weight, gradients pulled back through it
   loss    the loss of MoDE alone against the naive one, 1,024 tokens at V = 49,152
-  decode  prefill and one token: base, merged LoRA, the same with MoDE, k naive heads
+  decode  prefill (time, peak memory) and one token: base, merged LoRA, the same with MoDE, k
+          naive heads; a prompt of --longest tokens, 256 unless given
   cache   an epoch of half, light and late-layer LoRA + MoDE, from cached states, against LoRA's
   shares  what part of a step, a prefill and a token is depthmix's own work, by the profiler
   growth  the loss as vocabulary, k and tokens grow
