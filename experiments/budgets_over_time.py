@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmix.bench import epoch
-from depthmix.compare.over_time import plot_over_time, points_over_time, seconds_to
+from depthmix.compare.over_time import METRICS, plot_over_time, points_over_time, seconds_to
 
 Run = dict[str, Any]
 
@@ -26,16 +26,19 @@ VARIANTS = {"lora": None, "half": "half", "light": "light"}
 
 def main() -> None:
     """Read, draw, and say when 95 and 99 % of LoRA's best accuracy are reached."""
-    parser = argparse.ArgumentParser(description="Draw accuracy against time.")
+    parser = argparse.ArgumentParser(description="Draw quality against time.")
     parser.add_argument("results", type=Path, help="results.json of a comparison")
     parser.add_argument("bench", type=Path, help="JSON of depthmix bench --parts cache")
     parser.add_argument("picture", type=Path, help="PNG file to write")
+    parser.add_argument(
+        "--metrics", nargs="+", default=["accuracy"], choices=METRICS, help="default: accuracy"
+    )
     options = parser.parse_args()
     results = json.loads(options.results.read_text("utf-8"))
     timed = json.loads(options.bench.read_text("utf-8"))["cache"]
     trained = [run for run in results["runs"] if len(run["curve"]) > 1]  # all but the base
     results["runs"] = [retimed(run, timed) for run in trained]
-    plot_over_time(results, options.picture, ("accuracy",), unit="epochs of LoRA")
+    plot_over_time(results, options.picture, options.metrics, unit="epochs of LoRA")
     for line in reached(results["runs"]):
         print(line)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Run = dict[str, Any]
 Point = tuple[float, float, float, float]
 
-_METRICS = {
+METRICS = {
     "accuracy": "accuracy, share of rows",
     "loss": "held-out loss, nats a token",
     "ece": "calibration error",
@@ -74,7 +74,7 @@ def plot_over_time(
     from matplotlib.figure import Figure
 
     points = [point for run in results["runs"] for point in run["curve"]]
-    metrics = metrics or [name for name in _METRICS if all(name in point for point in points)]
+    metrics = metrics or [name for name in METRICS if all(name in point for point in points)]
     tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
     figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
@@ -84,7 +84,7 @@ def plot_over_time(
         runs = [run for run in results["runs"] if run["task"] == task and run["seconds"] > 0]
         for axes, metric in zip(row, metrics, strict=True):
             _plot(axes, runs, metric, baseline, drawn_as)
-            axes.set(title=task, xlabel=f"training, {unit}", ylabel=_METRICS[metric])
+            axes.set(title=task, xlabel=f"training, {unit}", ylabel=METRICS[metric])
     legend_below(figure, grid[0][0])
     figure.savefig(path, dpi=110)
 
