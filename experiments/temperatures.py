@@ -1,6 +1,6 @@
 """What a temperature does for the runs of a comparison that is done, without training them again.
 
-    python experiments/temperatures.py experiments/confirm_budgets.yaml --output temperatures.json
+    python experiments/temperatures.py experiments/confirm_budgets*.yaml --output temperatures.json
 
 Of each run, the temperature is fitted on the task's validation rows; loss and calibration error are
 of the rows that the comparison scored, at 1 and at the temperature.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,27 @@ from depthmix.pretrained import ignore_renamed_properties
 def main() -> None:
     """Fit and score every run, and print means over the seeds."""
     parser = argparse.ArgumentParser(description="Fit a temperature to every run.")
-    parser.add_argument("experiment", type=Path, help="as of depthmix compare, whose runs are done")
+    parser.add_argument(
+        "experiments", type=Path, nargs="+", help="as of depthmix compare, whose runs are done"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--methods", nargs="+", help="whose runs (default: all)")
     options = parser.parse_args()
     ignore_renamed_properties()
-    experiment = read_experiment(options.experiment)
-    validation = {n: load_rows(n, task).validation for n, task in experiment.tasks.items()}
-    methods = options.methods or experiment.methods
-    cells = [cell for cell in finished(options.experiment) if cell.method in methods]
-    found = [calibrated(cell, validation[cell.task]) for cell in tqdm(cells, unit="run")]
+    chosen = list(runs(options.experiments, options.methods))
+    found = [calibrated(cell, validation) for cell, validation in tqdm(chosen, unit="run")]
     write_text(options.output, json.dumps(found, indent=1))
     show(found)
+
+
+def runs(experiments: list[Path], methods: list[str] | None) -> Iterator[tuple[Cell, list[Row]]]:
+    """Give the finished runs, and the validation rows of their tasks."""
+    for path in experiments:
+        experiment = read_experiment(path)
+        validation = {n: load_rows(n, task).validation for n, task in experiment.tasks.items()}
+        for cell in finished(path):
+            if methods is None or cell.method in methods:
+                yield cell, validation[cell.task]
 
 
 def calibrated(cell: Cell, validation: list[Row]) -> dict[str, Any]:
