@@ -29,6 +29,7 @@ class Greedy:
     max_new_tokens, temperature, top_p = 6, 0.0, 1.0
 
 
+MESSAGES = [{"role": "user", "content": PROMPT}]
 GREEDY = {"model": "tuned", "max_tokens": 6, "temperature": 0}
 
 
@@ -72,8 +73,7 @@ def test_a_completion_is_what_generate_gives(client, loaded):
 
 
 def test_a_chat_is_the_tokenizers_template(client, loaded):
-    messages = [{"role": "user", "content": PROMPT}]
-    reply = client.chat.completions.create(messages=messages, **GREEDY)
+    reply = client.chat.completions.create(messages=MESSAGES, **GREEDY)
     wanted = expected(loaded, f"<|user|>{PROMPT}<|end|><|assistant|>")
     assert reply.choices[0].message.content == wanted
 
@@ -81,8 +81,7 @@ def test_a_chat_is_the_tokenizers_template(client, loaded):
 def test_streams(client, loaded):
     chunks = client.completions.create(prompt=PROMPT, stream=True, **GREEDY)
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected(loaded, PROMPT)
-    messages = [{"role": "user", "content": PROMPT}]
-    chunks = list(client.chat.completions.create(messages=messages, stream=True, **GREEDY))
+    chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == expected(loaded, f"<|user|>{PROMPT}<|end|><|assistant|>")
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
@@ -135,6 +134,10 @@ BAD = {
     "tokens": ({"max_tokens": -3}, "max_new_tokens"),
     "several": ({"n": 3}, "not supported here: n"),
     "log-probabilities": ({"logprobs": 5}, "not supported here: logprobs"),
+    "the token's log-probability": ({"logprobs": 0}, "not supported here: logprobs"),
+    "one log-probability": ({"logprobs": 1}, "not supported here: logprobs"),
+    "the prompt, too": ({"echo": True}, "not supported here: echo"),
+    "other words": ({"presence_penalty": 1}, "not supported here: presence_penalty"),
     "unknown": ({"extra_body": {"beams": 4}}, "Unexpected fields"),
 }
 
@@ -145,6 +148,28 @@ def test_bad_requests_say_what_is_wrong(client, name):
     with pytest.raises(openai.APIStatusError, match=message) as raised:
         client.completions.create(**{"prompt": PROMPT, **GREEDY, **changes})
     assert 400 <= raised.value.status_code < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logprobs", True),
+        ("top_logprobs", 1),
+        ("parallel_tool_calls", False),
+        ("tool_choice", "none"),
+    ],
+)
+def test_a_chat_is_not_answered_without_what_it_asks_for(client, name, value):
+    with pytest.raises(openai.BadRequestError, match=f"not supported here: {name}"):
+        client.chat.completions.create(messages=MESSAGES, **GREEDY, **{name: value})
+
+
+def test_fields_that_ask_for_nothing_are_taken(client):
+    nothing = {"n": 1, "best_of": 1, "echo": False, "presence_penalty": 0.0, "logprobs": None}
+    assert client.completions.create(prompt=PROMPT, **GREEDY, **nothing).choices[0].text
+    nothing = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "top_logprobs": 0}
+    reply = client.chat.completions.create(messages=MESSAGES, **GREEDY, **nothing)
+    assert reply.choices[0].message.content
 
 
 def test_broken_bodies(address):

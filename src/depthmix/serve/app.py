@@ -19,8 +19,21 @@ from depthmix.serve.generation import HUNG_UP, Generation, OneModel, watch
 
 # Fields that transformers ignores. These change nothing in a reply ...
 _HARMLESS = {"metadata", "service_tier", "store", "stream_options", "user"}
-# ... and the others change nothing where they have a value that asks for nothing.
-_NOTHING: tuple[Any, ...] = (None, False, 0, 1, "auto", [], {}, {"type": "text"}, ["text"])
+# ... and the others ask for something, but for null and for these values.
+_NEUTRAL: dict[str, Any] = {
+    "best_of": 1,
+    "echo": False,
+    "function_call": "auto",
+    "functions": [],
+    "logprobs": False,
+    "modalities": ["text"],
+    "n": 1,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "tool_choice": "auto",
+    "top_logprobs": 0,
+}
 
 
 def build_app(model: Any, tokenizer: Any, name: str, api_key: str | None = None) -> Any:
@@ -118,13 +131,17 @@ async def _body(receive: Any) -> bytes:
 
 def _require_supported(body: dict[str, Any], ignored: set[str]) -> None:
     """Refuse what transformers would ignore: the reply would not be what was asked for."""
-    unmet = [
-        name
-        for name in sorted(ignored - _HARMLESS)
-        if not any(body.get(name) == nothing for nothing in _NOTHING)
-    ]
+    asked = sorted((ignored - _HARMLESS).intersection(body))
+    unmet = [name for name in asked if not _is_neutral(name, body[name])]
     if unmet:
         raise HTTPException(400, f"not supported here: {', '.join(unmet)}")
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a value asks for nothing; 0 and 1 are no truth values: `logprobs: 0` asks for one."""
+    neutral = _NEUTRAL.get(name)
+    same_kind = isinstance(value, bool) == isinstance(neutral, bool)
+    return value is None or (value == neutral and same_kind)
 
 
 async def _refused(_request: Request, error: Any) -> JSONResponse:
