@@ -106,6 +106,31 @@ def test_tokens_are_drawn_unless_the_temperature_is_0(client):
     assert len({reply.choices[0].text for reply in many}) > 1
 
 
+def test_a_seed_is_of_its_request_whatever_else_is_asked_at_once(client):
+    """A request waits its turn; what is drawn before that must not use up its seed."""
+
+    def ask(seed):
+        drawn = client.completions.create(model="tuned", prompt=PROMPT, max_tokens=12, seed=seed)
+        return drawn.choices[0].text
+
+    alone = ask(7)
+    with ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(ask, [1, 7, 2, 7, 3, 7, 4, 7]))
+    assert replies[1::2] == [alone] * 4
+    assert len({ask(None) for _ in range(6)}) > 1
+
+
+def test_a_reply_ends_before_a_stop_text(client, loaded):
+    whole = expected(loaded, PROMPT)
+    middle = len(whole) // 2
+    for stop in (whole[middle], [whole[middle : middle + 2], "no such text"]):
+        text = whole.partition(stop if isinstance(stop, str) else stop[0])[0]
+        asked = {"prompt": PROMPT, "stop": stop, **GREEDY}
+        assert client.completions.create(**asked).choices[0].text == text
+        chunks = client.completions.create(stream=True, **asked)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text
+
+
 LONG = {"model": "tuned", "prompt": "a", "max_tokens": 10_000, "temperature": 0}
 LONG["generation_config"] = json.dumps({"max_new_tokens": 10_000, "min_new_tokens": 240})
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -138,6 +163,9 @@ BAD = {
     "one log-probability": ({"logprobs": 1}, "not supported here: logprobs"),
     "the prompt, too": ({"echo": True}, "not supported here: echo"),
     "other words": ({"presence_penalty": 1}, "not supported here: presence_penalty"),
+    "less of the same": ({"frequency_penalty": 0.5}, "not supported here: frequency_penalty"),
+    "a bias": ({"logit_bias": {"5": 1}}, "not supported here: logit_bias"),
+    "a suffix": ({"suffix": "."}, "not supported here: suffix"),
     "unknown": ({"extra_body": {"beams": 4}}, "Unexpected fields"),
 }
 
@@ -157,6 +185,7 @@ def test_bad_requests_say_what_is_wrong(client, name):
         ("top_logprobs", 1),
         ("parallel_tool_calls", False),
         ("tool_choice", "none"),
+        ("verbosity", "low"),
     ],
 )
 def test_a_chat_is_not_answered_without_what_it_asks_for(client, name, value):

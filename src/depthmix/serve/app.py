@@ -15,24 +15,34 @@ from jinja2 import TemplateError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 
-from depthmix.serve.generation import HUNG_UP, Generation, OneModel, watch
+from depthmix.serve.generation import HUNG_UP, SEED, Generation, OneModel, watch
 
-# Fields that transformers ignores. These change nothing in a reply ...
+# Of the fields that transformers ignores, these change nothing in a reply.
 _HARMLESS = {"metadata", "service_tier", "store", "stream_options", "user"}
-# ... and the others ask for something, but for null and for these values.
+# Fields that it takes without a word, and ignores or means otherwise: its penalty of frequency is
+# a factor for whatever has occurred, and a suffix is put behind the reply.
+_OTHERWISE: dict[type[Any], set[str]] = {
+    ChatCompletionHandler: {"frequency_penalty", "moderation", "verbosity"},
+    CompletionHandler: {"frequency_penalty", "logit_bias", "suffix"},
+}
+# Values, beside null, that ask for nothing.
 _NEUTRAL: dict[str, Any] = {
     "best_of": 1,
     "echo": False,
+    "frequency_penalty": 0,
     "function_call": "auto",
     "functions": [],
+    "logit_bias": {},
     "logprobs": False,
     "modalities": ["text"],
     "n": 1,
     "parallel_tool_calls": True,
     "presence_penalty": 0,
     "response_format": {"type": "text"},
+    "suffix": "",
     "tool_choice": "auto",
     "top_logprobs": 0,
+    "verbosity": "medium",
 }
 
 
@@ -61,7 +71,8 @@ def build_app(model: Any, tokenizer: Any, name: str, api_key: str | None = None)
 
     async def answer(request: Request, body: dict[str, Any]) -> Any:
         handler = handlers[request.url.path]
-        _require_supported(body, handler._unused_fields)
+        _require_supported(body, handler._unused_fields | _OTHERWISE[type(handler)])
+        SEED.set(body.pop("seed", None))  # transformers would sow it before the request's turn
         return await handler.handle_request(body, str(uuid.uuid4()))
 
     async def models() -> dict[str, Any]:
@@ -129,12 +140,12 @@ async def _body(receive: Any) -> bytes:
             return b"".join(parts)
 
 
-def _require_supported(body: dict[str, Any], ignored: set[str]) -> None:
-    """Refuse what transformers would ignore: the reply would not be what was asked for."""
-    asked = sorted((ignored - _HARMLESS).intersection(body))
-    unmet = [name for name in asked if not _is_neutral(name, body[name])]
-    if unmet:
-        raise HTTPException(400, f"not supported here: {', '.join(unmet)}")
+def _require_supported(body: dict[str, Any], unmet: set[str]) -> None:
+    """Refuse fields that are not met: the reply would not be what was asked for."""
+    asked = sorted((unmet - _HARMLESS).intersection(body))
+    refused = [name for name in asked if not _is_neutral(name, body[name])]
+    if refused:
+        raise HTTPException(400, f"not supported here: {', '.join(refused)}")
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,9 +15,12 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from depthmix.inference.complete import window_of
+from depthmix.serve.stops import Pieces, up_to
 
 # Whether who has sent the request that is being answered has hung up.
 HUNG_UP: ContextVar[threading.Event] = ContextVar("hung_up")
+# The seed of its tokens.
+SEED: ContextVar[int | None] = ContextVar("seed", default=None)
 
 
 class OneModel(ModelManager):
@@ -48,7 +53,10 @@ class InTurn(GenerateManager):
     ) -> Any:
         """Begin a reply that is sent as it comes."""
         _fit(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *rest, **options)
+        queue, streamer = super().generate_streaming(
+            model, processor, inputs, gen_config, *rest, **options
+        )
+        return Pieces(queue, _stops(gen_config)), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
@@ -64,7 +72,16 @@ class InTurn(GenerateManager):
         given = await self.async_submit(model.generate, **arguments, stopping_criteria=[stop])
         length = inputs["input_ids"].shape[-1]
         tokens = given[0, length:]
-        return processor.decode(tokens, skip_special_tokens=True), length, tokens
+        text = processor.decode(tokens, skip_special_tokens=True)
+        return up_to(text, _stops(gen_config)), length, tokens
+
+    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have a reply made in its turn, with the seed of its request."""
+        return super().submit(_seeded, SEED.get(), fn, *args, **kwargs)
+
+    def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do the same, to be awaited."""
+        return super().async_submit(_seeded, SEED.get(), fn, *args, **kwargs)
 
 
 class Generation(GenerationState):
@@ -77,6 +94,19 @@ class Generation(GenerationState):
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
         """Return it."""
         return self._manager
+
+
+def _seeded(seed: int | None, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function with a seed; what is drawn after it does not depend on that."""
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return fn(*args, **kwargs)
+
+
+def _stops(gen_config: Any) -> Sequence[str]:
+    stops = gen_config.stop_strings or ()
+    return [stops] if isinstance(stops, str) else stops
 
 
 def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
