@@ -5,7 +5,13 @@ from io import BytesIO
 import pytest
 from matplotlib.image import imread
 
-from depthmix.compare.over_time import has_curves, plot_over_time, points_over_time, seconds_to
+from depthmix.compare.over_time import (
+    has_curves,
+    plot_over_time,
+    points_over_time,
+    reached,
+    seconds_to,
+)
 
 
 def run(method, seed, *points):
@@ -32,6 +38,13 @@ def test_points_are_means_over_seeds():
 def test_time_to_an_accuracy(accuracy, seconds):
     found = seconds_to(points_over_time(RUNS, "accuracy"), accuracy)
     assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_times_to_shares_of_the_baselines_best():
+    other = run("light", 1, (1, 3.0, 1.0, 0.5), (2, 5.0, 0.9, 0.68))
+    results = {"runs": [*RUNS, other], "experiment": {"baseline": "lora"}}
+    assert reached(results, "sums") == [("lora", "21", "22"), ("light", "5", "-")]
+    assert reached({**results, "experiment": {"baseline": "other"}}, "sums") == []
 
 
 def test_a_picture(tmp_path):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from tqdm import tqdm
 
 import depthmix
-from depthmix.bench.measure import in_fresh_process, median_seconds, peak_bytes
+from depthmix.bench.measure import allocated_bytes, median_seconds
 from depthmix.bench.training import Setting
 from depthmix.model.runtime import runtime_of
 
@@ -24,15 +23,13 @@ def measure_decoding(
 ) -> dict[str, dict[str, Any]]:
     """Return what a prefill of `prompt` tokens, and one token after it, cost each variant.
 
-    The figures: median `prefill_seconds`; `prefill_peak_bytes` above the model, of the first one;
-    median `token_seconds`.
+    The figures: median `prefill_seconds`; `prefill_peak_bytes`, of tensors, above the model; median
+    `token_seconds`.
     """
-    peaks = {
-        name: in_fresh_process(_prefill_peak, name, setting, prompt)
-        for name in tqdm(NAMES, desc="memory of a prefill", unit="model")
-    }
     calls = {name: build(name, setting, prompt) for name in NAMES}
-    prefill = median_seconds({n: _prefill(*call) for n, call in calls.items()}, repeats)
+    prefills = {name: _prefill(*call) for name, call in calls.items()}
+    peaks = {name: allocated_bytes(prefill) for name, prefill in prefills.items()}
+    prefill = median_seconds(prefills, repeats, warm_up=False)
     decode = median_seconds({n: _decode(*call, tokens) for n, call in calls.items()}, repeats)
     return {
         name: {
@@ -60,10 +57,6 @@ def build(name: str, setting: Setting, prompt: int) -> tuple[Callable[..., Any],
     model.to(device).eval()
     ids = torch.arange(prompt, device=device).unsqueeze(0) % model.config.vocab_size
     return _with_naive_heads(model) if name == NAIVE else model, ids
-
-
-def _prefill_peak(name: str, setting: Setting, prompt: int) -> int:
-    return peak_bytes(torch.no_grad()(_prefill(*build(name, setting, prompt))))
 
 
 def _merged(model: Any, k: int | None) -> Any:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 Run = dict[str, Any]
 Point = tuple[float, float, float, float]
 
-METRICS = {
+SHARES = (0.95, 0.99)
+_METRICS = {
     "accuracy": "accuracy, share of rows",
     "loss": "held-out loss, nats a token",
     "ece": "calibration error",
@@ -53,40 +54,60 @@ def seconds_to(points: Sequence[Point], accuracy: float) -> float | None:
     return None
 
 
+def reached(results: dict[str, Any], task: str) -> list[tuple[str, ...]]:
+    """Return a row a method: the seconds until it has `SHARES` of the baseline's best accuracy.
+
+    Accuracies are means over the seeds; a dash where it is not reached. No rows where the baseline
+    has no runs.
+    """
+    runs = [run for run in results["runs"] if run["task"] == task]
+    curves = {
+        method: points_over_time([run for run in runs if run["method"] == method], "accuracy")
+        for method in dict.fromkeys(run["method"] for run in runs)
+    }
+    best = max((p[1] for p in curves.get(results["experiment"]["baseline"], ())), default=None)
+    if best is None:
+        return []
+    rows = []
+    for method, points in curves.items():
+        times = [seconds_to(points, share * best) for share in SHARES]
+        rows.append((method, *("-" if time is None else f"{time:.0f}" for time in times)))
+    return rows
+
+
 def has_curves(results: dict[str, Any]) -> bool:
     """Whether any run was scored more than once."""
     return any(len(run.get("curve", ())) > 1 for run in results["runs"])
 
 
-def plot_over_time(
-    results: dict[str, Any],
-    path: Path,
-    metrics: Sequence[str] | None = None,
-    unit: str = "seconds",
-) -> None:
+def plot_over_time(results: dict[str, Any], path: Path) -> None:
     """Draw metrics against the time of training, a task a row; the band is the seeds' range.
 
-    Unless metrics are named, all that every run has: those of earlier versions have no `ece`.
-
-    Methods that were trained for a single epoch are points. A dotted line is at 95 % of the best
-    mean accuracy of the baseline.
+    The metrics are those that every run has: runs of earlier versions have no `ece`.
+    Methods that were trained for a single epoch are points, and those for less are left out: the
+    untuned base would stretch the axes. A dotted line is at 95 % of the best mean accuracy of the
+    baseline.
     """
     from matplotlib.figure import Figure
 
     points = [point for run in results["runs"] for point in run["curve"]]
-    metrics = metrics or [name for name in METRICS if all(name in point for point in points)]
+    metrics = [name for name in _METRICS if all(name in point for point in points)]
     tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
     figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
     baseline = results["experiment"]["baseline"]
-    drawn_as = looks(run["method"] for run in results["runs"])
+    drawn_as = looks(run["method"] for run in results["runs"] if _trained(run))
     for row, task in zip(grid, tasks, strict=True):
-        runs = [run for run in results["runs"] if run["task"] == task and run["seconds"] > 0]
+        runs = [run for run in results["runs"] if run["task"] == task and _trained(run)]
         for axes, metric in zip(row, metrics, strict=True):
             _plot(axes, runs, metric, baseline, drawn_as)
-            axes.set(title=task, xlabel=f"training, {unit}", ylabel=METRICS[metric])
+            axes.set(title=task, xlabel="training, seconds", ylabel=_METRICS[metric])
     legend_below(figure, grid[0][0])
     figure.savefig(path, dpi=110)
+
+
+def _trained(run: Run) -> bool:
+    return bool(run["curve"][-1]["epoch"] >= 1)
 
 
 def _plot(axes: Axes, runs: list[Run], metric: str, baseline: str, drawn_as: Looks) -> None:

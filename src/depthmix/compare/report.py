@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmix.calibration.reliability import Reliability, draw_reliability
 from depthmix.charts import Looks, legend_below, looks
+from depthmix.compare.over_time import SHARES, has_curves, reached
 from depthmix.tables import print_figures
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ def markdown(results: dict[str, Any], plots: str) -> str:
         if layers:
             parts.append("The late layers, means over the seeds, the last layer last:\n")
             parts.append(_markdown_table(LAYER_HEADER, layers))
+        if has_curves(results) and (times := reached(results, task)):
+            parts.append("Seconds of training until so much of the baseline's best accuracy:\n")
+            header = ("method", *(f"{share:.0%}" for share in SHARES))
+            parts.append(_markdown_table(header, times))
     parts.append(
         f"![Loss curves; loss and accuracy against trained parameters; reliability]({plots})\n"
     )
