@@ -80,10 +80,12 @@ def has_curves(results: dict[str, Any]) -> bool:
     return any(len(run.get("curve", ())) > 1 for run in results["runs"])
 
 
-def plot_over_time(results: dict[str, Any], path: Path) -> None:
+def plot_over_time(
+    results: dict[str, Any], path: Path, metrics: Sequence[str] | None = None
+) -> None:
     """Draw metrics against the time of training, a task a row; the band is the seeds' range.
 
-    The metrics are those that every run has: runs of earlier versions have no `ece`.
+    Unless metrics are named, all that every run has: those of earlier versions have no `ece`.
     Methods that were trained for a single epoch are points, and those for less are left out: the
     untuned base would stretch the axes. A dotted line is at 95 % of the best mean accuracy of the
     baseline.
@@ -91,7 +93,7 @@ def plot_over_time(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     points = [point for run in results["runs"] for point in run["curve"]]
-    metrics = [name for name in _METRICS if all(name in point for point in points)]
+    metrics = metrics or [name for name in _METRICS if all(name in point for point in points)]
     tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
     figure = Figure(figsize=(5.2 * len(metrics), 3.6 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(metrics), squeeze=False)
