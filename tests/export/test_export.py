@@ -1,5 +1,6 @@
 """The exported folder in a process without depthmix gives the same logits and replies."""
 
+import copy
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from depthmix.export.code import is_own_code
 from depthmix.export.folder import export_model
 from depthmix.model.temperature import set_temperature
 from models import perturb, tiny_model
+from tiny_types import tiny_config
 from without_depthmix import IDS, forwards_of, near, without_depthmix
 
 CASES = {
@@ -82,6 +84,20 @@ def test_it_is_the_model_without_depthmix(exported, case):
     assert torch.equal(found["trunk again"], found["trunk"])
     assert found["dtypes"] == {"torch.float32"}
     assert is_own_code(folder)
+
+
+@torch.no_grad()
+def test_a_stream_in_fp32_is_cast_for_the_head(tmp_path):
+    """Zaya keeps the stream between its layers in fp32, and casts it for its final norm."""
+    base = AutoModelForCausalLM.from_config(tiny_config("zaya"))
+    model = depthmix.attach(base, depthmix.MoDEConfig(k=2)).eval()
+    perturb(model.depthmix)
+    export_model(model, NoTokenizer(), tmp_path)
+    options = {"trust_remote_code": True, "dtype": torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    for half in (loaded, copy.deepcopy(model).bfloat16()):
+        assert half(IDS).logits.dtype == torch.bfloat16
+        assert near(half(IDS).logits, model(IDS).logits, 0.05)
 
 
 @pytest.mark.parametrize("case", ["default", "paper", "soft cap"])

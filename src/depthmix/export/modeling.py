@@ -51,7 +51,7 @@ class DepthMixture(nn.Module):
             gate = self._gate(states, products[..., -k:])
             late = self._late(states, products[..., :-k])
             mixed = torch.bmm(gate.unsqueeze(1), late.transpose(0, 1))
-        return mixed.view(normed.shape[1:]).to(normed.dtype)
+        return mixed.view(normed.shape[1:])
 
     def _late(self, states: Tensor, products: Tensor) -> Tensor:
         """Return the adapted state y_j of every layer, (k, n, d)."""
@@ -108,7 +108,7 @@ class DepthMixLlamaModel(LlamaModel):
         last = output[0]
         late = torch.stack([states[place].to(last.device) for place in range(k)])
         norm = self.config.depthmix["norm"]
-        mixed = self.depthmix(self.get_submodule(norm)(late) if norm else late)
+        mixed = self.depthmix(self.get_submodule(norm)(late) if norm else late).to(last.dtype)
         if mixed.shape != last.shape:  # the last positions alone were asked for
             mixed = torch.cat([last[:, : -mixed.shape[1]], mixed], dim=1)
         if isinstance(output, tuple):

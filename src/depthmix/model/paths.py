@@ -86,6 +86,7 @@ class NormPath:
             )
         if mixed is None:
             return None
+        mixed = mixed.to(last.dtype)  # of a stream in fp32, which the model casts for its norm
         return with_first_tensor(
             output, mixed if forward.keep is None else _put(whole, forward.keep, mixed)
         )
