@@ -14,7 +14,7 @@ from depthmix.bench.measure import allocated_bytes, median_seconds
 from depthmix.bench.training import Setting
 from depthmix.model.runtime import runtime_of
 
-NAMES = BASE, MERGED, MODE, NAIVE = ("base", "merged lora", "merged lora + mode", "naive k heads")
+BASE, MERGED, MODE, NAIVE = "base", "merged lora", "merged lora + mode", "naive k heads"
 
 
 @torch.no_grad()
@@ -26,37 +26,38 @@ def measure_decoding(
     The figures: median `prefill_seconds`; `prefill_peak_bytes`, of tensors, above the model; median
     `token_seconds`.
     """
-    calls = {name: build(name, setting, prompt) for name in NAMES}
-    prefills = {name: _prefill(*call) for name, call in calls.items()}
-    peaks = {name: allocated_bytes(prefill) for name, prefill in prefills.items()}
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    models = {
+        BASE: setting.load(),
+        MERGED: _merged(setting.load(), None),
+        MODE: _merged(setting.load(), setting.k),
+    }
+    forwards: dict[str, Callable[..., Any]] = {
+        name: loaded.to(device).eval() for name, loaded in models.items()
+    }
+    forwards[NAIVE] = _with_naive_heads(models[MODE])
+    ids = torch.arange(prompt, device=device).unsqueeze(0) % models[BASE].config.vocab_size
+    prefills = {name: _prefill(forward, ids) for name, forward in forwards.items()}
+    peaks = {name: allocated_bytes(call) for name, call in prefills.items()}
     prefill = median_seconds(prefills, repeats, warm_up=False)
-    decode = median_seconds({n: _decode(*call, tokens) for n, call in calls.items()}, repeats)
+    decode = median_seconds({n: _decode(f, ids, tokens) for n, f in forwards.items()}, repeats)
     return {
         name: {
             "prefill_seconds": prefill[name],
             "prefill_peak_bytes": peaks[name],
             "token_seconds": decode[name] / tokens,
         }
-        for name in NAMES
+        for name in forwards
     }
 
 
 def decoding_calls(setting: Setting, prompt: int, tokens: int) -> dict[str, Callable[[], Any]]:
     """Return a prefill and a decoding of so many tokens, with MoDE beside a merged LoRA."""
-    call = build(MODE, setting, prompt)
-    prefill, decode = torch.no_grad()(_prefill(*call)), _decode(*call, tokens)
-    return {"prefill": prefill, "decoding": torch.no_grad()(decode)}
-
-
-def build(name: str, setting: Setting, prompt: int) -> tuple[Callable[..., Any], Tensor]:
-    """Return a variant's forward, and the tokens of a prompt, on its device."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = setting.load()
-    if name != BASE:
-        model = _merged(model, None if name == MERGED else setting.k)
-    model.to(device).eval()
-    ids = torch.arange(prompt, device=device).unsqueeze(0) % model.config.vocab_size
-    return _with_naive_heads(model) if name == NAIVE else model, ids
+    forward = _merged(setting.load(), setting.k).to(device).eval()
+    ids = torch.arange(prompt, device=device).unsqueeze(0) % forward.config.vocab_size
+    prefill, decode = torch.no_grad()(_prefill(forward, ids)), _decode(forward, ids, tokens)
+    return {"prefill": prefill, "decoding": torch.no_grad()(decode)}
 
 
 def _merged(model: Any, k: int | None) -> Any:
