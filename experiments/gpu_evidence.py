@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from depthmix.compare.over_time import points_over_time, seconds_to
+from depthmix.compare.over_time import curves, seconds_to
 from gpu_options import Options
 
 Row = dict[str, Any]
@@ -108,9 +108,10 @@ def _experiment(options: Options, folder: str, seeds: int) -> Row:
 
 
 def _rows(runs: list[Row]) -> list[Row]:
-    best = max((p[1] for p in _curve(runs, "lora")), default=0.0)
+    found = curves(runs, "accuracy")
+    best = max((p[1] for p in found.get("lora", ())), default=0.0)
     rows = []
-    for method in dict.fromkeys(run["method"] for run in runs):
+    for method, points in found.items():
         own = [run for run in runs if run["method"] == method]
         rows.append(
             {
@@ -121,14 +122,10 @@ def _rows(runs: list[Row]) -> list[Row]:
                 "accuracy": statistics.mean(run["accuracy"] for run in own),
                 "± of the mean": error_of_mean([run["accuracy"] for run in own]),
                 "seconds": statistics.mean(run["seconds"] for run in own),
-                "seconds to 95 %": seconds_to(_curve(runs, method), 0.95 * best),
+                "seconds to 95 %": seconds_to(points, 0.95 * best),
             }
         )
     return rows
-
-
-def _curve(runs: list[Row], method: str) -> list[tuple[float, float, float, float]]:
-    return points_over_time([run for run in runs if run["method"] == method], "accuracy")
 
 
 def error_of_mean(values: list[float]) -> float | None:

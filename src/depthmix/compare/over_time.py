@@ -38,6 +38,15 @@ def points_over_time(runs: Sequence[Run], metric: str) -> list[Point]:
     return points
 
 
+def curves(runs: Sequence[Run], metric: str) -> dict[str, list[Point]]:
+    """Return the points of each method of one task, in the order of the runs."""
+    methods = dict.fromkeys(run["method"] for run in runs)
+    return {
+        method: points_over_time([run for run in runs if run["method"] == method], metric)
+        for method in methods
+    }
+
+
 def seconds_to(points: Sequence[Point], accuracy: float) -> float | None:
     """Return after how many seconds a mean accuracy is reached, or None if it is not.
 
@@ -60,16 +69,12 @@ def reached(results: dict[str, Any], task: str) -> list[tuple[str, ...]]:
     Accuracies are means over the seeds; a dash where it is not reached. No rows where the baseline
     has no runs.
     """
-    runs = [run for run in results["runs"] if run["task"] == task]
-    curves = {
-        method: points_over_time([run for run in runs if run["method"] == method], "accuracy")
-        for method in dict.fromkeys(run["method"] for run in runs)
-    }
-    best = max((p[1] for p in curves.get(results["experiment"]["baseline"], ())), default=None)
+    found = curves([run for run in results["runs"] if run["task"] == task], "accuracy")
+    best = max((p[1] for p in found.get(results["experiment"]["baseline"], ())), default=None)
     if best is None:
         return []
     rows = []
-    for method, points in curves.items():
+    for method, points in found.items():
         times = [seconds_to(points, share * best) for share in SHARES]
         rows.append((method, *("-" if time is None else f"{time:.0f}" for time in times)))
     return rows
@@ -113,8 +118,7 @@ def _trained(run: Run) -> bool:
 
 
 def _plot(axes: Axes, runs: list[Run], metric: str, baseline: str, drawn_as: Looks) -> None:
-    for method in dict.fromkeys(run["method"] for run in runs):
-        points = points_over_time([run for run in runs if run["method"] == method], metric)
+    for method, points in curves(runs, metric).items():
         seconds, means, lows, highs = zip(*points, strict=True)
         colour = drawn_as[method]["color"]
         axes.plot(seconds, means, markersize=5, label=method, **drawn_as[method])
