@@ -65,6 +65,7 @@ def main():
         trainer.save_model(str(options.out))
     if cache is not None:
         torch.save((cache.hits, cache.misses), options.out / f"{rank}.pt")
+    trainer.end()
 
 
 if __name__ == "__main__":

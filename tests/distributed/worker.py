@@ -120,6 +120,7 @@ def main():
     trainer.save_model(str(options.out / "final"))
     if trainer.is_world_process_zero():
         torch.save(trainer.state.log_history, options.out / "log.pt")
+    trainer.end()
 
 
 if __name__ == "__main__":

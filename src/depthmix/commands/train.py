@@ -51,6 +51,7 @@ def train(arguments: TrainArguments) -> int:
         address = output.send(folder, trainer)
         if address:
             print(f"sent to {address}")
+    trainer.end()
     return 0
 
 
