@@ -13,6 +13,7 @@ warnings.simplefilter("ignore")
 
 import torch
 from datasets import Dataset
+from launching import leave
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments, set_seed
 from worker import PadOnly, rows
@@ -65,8 +66,8 @@ def main():
         trainer.save_model(str(options.out))
     if cache is not None:
         torch.save((cache.hits, cache.misses), options.out / f"{rank}.pt")
-    trainer.end()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -1,4 +1,4 @@
-"""`depthmix train` in two real processes: what one process gives, and an end of the processes."""
+"""`depthmix train` in two real processes gives what one process gives."""
 
 import sys
 from pathlib import Path

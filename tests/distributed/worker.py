@@ -13,6 +13,7 @@ warnings.simplefilter("ignore")
 
 import torch
 from datasets import Dataset
+from launching import leave
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -120,8 +121,8 @@ def main():
     trainer.save_model(str(options.out / "final"))
     if trainer.is_world_process_zero():
         torch.save(trainer.state.log_history, options.out / "log.pt")
-    trainer.end()
 
 
 if __name__ == "__main__":
     main()
+    leave()

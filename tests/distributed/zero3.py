@@ -15,6 +15,7 @@ warnings.simplefilter("ignore")
 
 import torch
 from datasets import Dataset
+from launching import leave
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from worker import PadOnly, rows
@@ -77,6 +78,4 @@ def main():
 
 if __name__ == "__main__":
     main()
-    # DeepSpeed keeps its process groups for good. A thread of theirs that frees a tensor while the
-    # interpreter ends aborts the process, so that it is left without an end.
-    os._exit(0)
+    leave()

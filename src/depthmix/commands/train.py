@@ -51,7 +51,6 @@ def train(arguments: TrainArguments) -> int:
         address = output.send(folder, trainer)
         if address:
             print(f"sent to {address}")
-    trainer.end()
     return 0
 
 

@@ -72,7 +72,6 @@ def fit(arguments: TrainArguments, callbacks: Iterable[TrainerCallback] = ()) ->
                 print(*notes, sep="\n", end="\n" if notes else "")
             _fit(trainer, checkpoint)
     if signals.received and trainer.state.global_step < trainer.state.max_steps:
-        trainer.end()
         raise Stopped(_stopped(trainer, folder), signals.received)
     drop_reference(trainer.model)
     return trainer
