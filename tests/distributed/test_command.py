@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-import torch
 from launching import launch, run
+from parameters import assert_same
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("command.py")
@@ -23,6 +23,4 @@ def test_the_command_in_two_processes_is_one(tiny, rows, tmp_path):
     run([sys.executable, WORKER, *options("one", 4)])
     launch(WORKER, 2, *options("two", 2))
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same(two, one)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from launching import launch, run
+from parameters import assert_same
 from safetensors.torch import load_file
 
 from models import tiny_model
@@ -28,6 +28,4 @@ def test_two_parts_are_one(tmp_path, tied):
     python = ENVIRONMENT / "python"
     launch(WORKER, 2, tmp_path / "base", tmp_path / "two", python=python)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same(two, one)
