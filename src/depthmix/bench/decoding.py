@@ -13,6 +13,7 @@ import depthmix
 from depthmix.bench.measure import allocated_bytes, median_seconds
 from depthmix.bench.training import Setting
 from depthmix.model.runtime import runtime_of
+from depthmix.pretrained import to_device
 
 BASE, MERGED, MODE, NAIVE = "base", "merged lora", "merged lora + mode", "naive k heads"
 
@@ -26,17 +27,14 @@ def measure_decoding(
     The figures: median `prefill_seconds`; `prefill_peak_bytes`, of tensors, above the model; median
     `token_seconds`.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     models = {
         BASE: setting.load(),
         MERGED: _merged(setting.load(), None),
         MODE: _merged(setting.load(), setting.k),
     }
-    forwards: dict[str, Callable[..., Any]] = {
-        name: loaded.to(device).eval() for name, loaded in models.items()
-    }
+    forwards: dict[str, Callable[..., Any]] = {n: to_device(m) for n, m in models.items()}
     forwards[NAIVE] = _with_naive_heads(models[MODE])
-    ids = torch.arange(prompt, device=device).unsqueeze(0) % models[BASE].config.vocab_size
+    ids = _prompt(models[BASE], prompt)
     prefills = {name: _prefill(forward, ids) for name, forward in forwards.items()}
     peaks = {name: allocated_bytes(call) for name, call in prefills.items()}
     prefill = median_seconds(prefills, repeats, warm_up=False)
@@ -53,11 +51,16 @@ def measure_decoding(
 
 def decoding_calls(setting: Setting, prompt: int, tokens: int) -> dict[str, Callable[[], Any]]:
     """Return a prefill and a decoding of so many tokens, with MoDE beside a merged LoRA."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    forward = _merged(setting.load(), setting.k).to(device).eval()
-    ids = torch.arange(prompt, device=device).unsqueeze(0) % forward.config.vocab_size
+    forward = to_device(_merged(setting.load(), setting.k))
+    ids = _prompt(forward, prompt)
     prefill, decode = torch.no_grad()(_prefill(forward, ids)), _decode(forward, ids, tokens)
     return {"prefill": prefill, "decoding": torch.no_grad()(decode)}
+
+
+def _prompt(model: Any, tokens: int) -> Tensor:
+    """Return the ids of a prompt of so many tokens, on the model's device."""
+    ids = torch.arange(tokens, device=model.device).unsqueeze(0)
+    return ids.remainder(model.config.vocab_size)
 
 
 def _merged(model: Any, k: int | None) -> Any:
